@@ -1,0 +1,76 @@
+"""What all commands share: flags are parsed, and what a user got wrong is one line and status 2."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from msjax.errors import InputError, RunError, nearest
+
+_WRONG_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141  # exit status; the last two as of a shell
+
+
+def run(
+  main: Callable[[list[str]], int | None], check: Callable[[list[str]], None] | None = None
+) -> None:
+  """Parses the command line, calls `main([program])` and exits with what it returns.
+
+  A wrong flag, a leftover word and an `InputError` end with one line on stderr and status 2, a
+  `RunError` with one line and its own status, Ctrl-C with 130, and a reader of the output that went
+  away with 141 and in silence.
+
+  Args:
+    main: the command.
+    check: raises `InputError` for what it finds wrong with `sys.argv` before flags are parsed.
+  """
+  sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may lack what a model says
+
+  def flushed(argv: list[str]) -> int | None:
+    status = main(argv)
+    sys.stdout.flush()
+    return status
+
+  try:
+    if check is not None:
+      check(sys.argv)
+    app.run(flushed, flags_parser=_parse)
+  except InputError as error:
+    _complain(error)
+    sys.exit(_WRONG_INPUT)
+  except RunError as error:
+    _complain(error)
+    sys.exit(error.exit_status)
+  except KeyboardInterrupt:
+    sys.exit(_INTERRUPTED)
+  except BrokenPipeError:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+    sys.exit(_BROKEN_PIPE)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses flags; `--help` prints them and exits with 0."""
+  try:
+    program, *words = flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    close = nearest(error.flagname, flags.FLAGS)
+    raise InputError(f"--{error.flagname}: no such flag{close or '; see --help'}") from None
+  except flags.Error as error:
+    raise InputError(str(error)) from None
+  except SystemExit:  # absl ends --help with status 1
+    sys.stdout.flush()
+    sys.exit(0)
+  if words:
+    raise InputError(f"{words[0]!r}: unexpected word; flags are written --name=value")
+  return [program]
+
+
+def _complain(error: Exception) -> None:
+  message = str(error).replace("\n", " ")
+  print(f"{_program()}: error: {message}", file=sys.stderr)
+
+
+def _program() -> str:
+  """Name of the command as `python -m` takes it."""
+  spec = sys.modules["__main__"].__spec__
+  return spec.name if spec else os.path.basename(sys.argv[0])

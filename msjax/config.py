@@ -1,0 +1,267 @@
+"""The typed config tree of a run: every field, its default, its unit, and one check of it all.
+
+`configs/*.py` hold `get_config() -> Config`; a command line changes fields by
+`--config.train.steps=100`. Nothing else has defaults.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from typing import Any
+
+from msjax.errors import InputError, nearest
+from msjax.streams import SAME_ROW, Stream, Streams
+
+FORMAT_VERSION = 1
+
+
+@dataclasses.dataclass
+class RopeScaling:
+  """Llama 3's change of RoPE frequencies for contexts longer than the one trained on."""
+
+  factor: float = 8.0
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_position: int = 8192
+
+
+@dataclasses.dataclass
+class ModelConfig:
+  """A decoder that is Qwen3, Qwen2.5 or Llama by these fields.
+
+  Qwen3: `qk_norm`. Qwen2.5: `qkv_bias`. Llama: neither. The vocabulary is the tokenizer's.
+  """
+
+  dim: int = 64  # D
+  layers: int = 2
+  heads: int = 2  # N, query heads
+  kv_heads: int = 2  # K, divides heads
+  head_dim: int = 32  # H, even
+  mlp_dim: int = 192  # F
+  rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling | None = None
+  norm_eps: float = 1e-6
+  qk_norm: bool = True  # RMSNorm over each head's query and key
+  qkv_bias: bool = False
+  out_bias: bool = False  # bias of the attention's output projection
+  mlp_bias: bool = False
+  tied_head: bool = True  # the output matrix is the embedding
+  attention_dropout: float = 0.0
+  remat: str = "none"  # what the backward pass computes again: none, dots or full
+  dtype: str = "auto"  # of activations: float32, bfloat16; auto: float32 on CPU, else bfloat16
+
+
+@dataclasses.dataclass
+class DataConfig:
+  """What is trained on, and how it becomes grids."""
+
+  source: str = "jsonl"  # jsonl, or a built-in one: arithmetic, chitchat
+  train: str = ""  # jsonl: file of messages, spans or tables
+  valid: str = ""  # jsonl: held-out file; empty: no evaluation
+  tokenizer: str = "bytes"  # bytes, bpe:SIZE (trained on the training text), or a tokenizer.json
+  silence: str = ""  # silence token of a tokenizer.json, where the official rule finds none
+  rows: int = 256  # R of a batch; longer examples are cut into windows of so many rows
+  pack: bool = False  # several examples into one sequence, kept apart as segments
+  layout: str = "turn"  # of messages: turn, wait_k, timestamps
+  wait_k: int = 0  # rows from the start of a question to its answer; 0: the least possible
+  rows_per_second: float = 1.0  # timestamps: how fast rows pass
+  max_pause: float = 8.0  # timestamps: longer silences between messages are cut to this, seconds
+  end_token: bool = True  # whether <end> follows each message
+  on_bad_record: str = "stop"  # or skip: count, list and go on
+  only_one_stream: bool = False  # show each stream alone, the others as holes (a baseline)
+  max_ops: int = 10  # arithmetic: operations in a question, at most
+  chat: bool = False  # arithmetic: lay question, thoughts and answer one after another
+
+
+@dataclasses.dataclass
+class LossConfig:
+  """Loss = sum of weight x (cross-entropy + z_loss x logsumexp^2) over the sum of weights."""
+
+  silence_weight: float = 1.0  # factor for cells that predict silence
+  z_loss: float = 0.0
+  label_smoothing: float = 0.0
+
+
+@dataclasses.dataclass
+class OptimConfig:
+  """AdamW; matrices decay, norms, biases and stream embeddings do not."""
+
+  learning_rate: float = 1e-3
+  stream_learning_rate: float = 0.0  # of the stream embedding; 0: the same
+  schedule: str = "constant"  # after warm-up: constant (with cooldown), or cosine
+  warmup_steps: int = 0
+  cooldown_steps: int = 0  # constant: linear to 0 over so many last steps
+  final_fraction: float = 0.0  # cosine: of learning_rate, reached at the last step
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+
+
+@dataclasses.dataclass
+class TrainConfig:
+  """The loop."""
+
+  steps: int = 1000
+  batch: int = 32  # sequences a step, over all processes and micro-batches
+  micro_batches: int = 1  # a step's batch goes through the device in so many parts
+  seed: int = 0
+  log_every: int = 50  # steps
+  eval_every: int = 0  # steps; 0: at the end only
+  eval_batches: int = 0  # batches of held-out data an evaluation reads; 0: all of it
+  save_every: int = 500  # steps
+  keep: int = 2  # latest checkpoints kept, the best by held-out loss besides
+  read_threads: int = 4
+
+
+@dataclasses.dataclass
+class Config:
+  """One run. `workdir` stands in for --workdir where it is not given."""
+
+  workdir: str = ""
+  streams: tuple[str, ...] = ("user:input", "output:output")  # name:kind or name:kind:weight
+  same_row: str = "hidden"  # what a cell sees of its own row: hidden, inputs, ordered, visible
+  skip_silence: bool = False  # silent cells are hidden from all others
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  loss: LossConfig = dataclasses.field(default_factory=LossConfig)
+  optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  init_from: str = ""  # work directory of another run whose latest parameters to start from
+  report: str = ""  # what is measured and shown at the end: arithmetic, likelihood, or nothing
+  baseline: dict[str, Any] = dataclasses.field(default_factory=dict)
+  # baseline: dotted field -> value; the same run with these changed is trained under
+  # WORKDIR/baseline, and the report sets both side by side.
+
+  def validate(self) -> None:
+    """Checks every constraint between and within fields; names field, value and what is allowed."""
+    m, d, o, t = self.model, self.data, self.optim, self.train
+    _positive(m, "model", "dim layers heads kv_heads head_dim mlp_dim rope_theta norm_eps")
+    _positive(d, "data", "rows rows_per_second max_pause max_ops")
+    _positive(o, "optim", "learning_rate eps")
+    _positive(t, "train", "steps batch micro_batches log_every save_every keep read_threads")
+    _not_negative(d, "data", "wait_k")
+    _not_negative(self.loss, "loss", "silence_weight z_loss label_smoothing")
+    _not_negative(
+      o,
+      "optim",
+      "stream_learning_rate warmup_steps cooldown_steps final_fraction weight_decay clip_norm",
+    )
+    _not_negative(t, "train", "seed eval_every eval_batches")
+    _one_of("same_row", self.same_row, SAME_ROW)
+    _one_of("report", self.report, ("", "arithmetic", "likelihood"))
+    _one_of("model.remat", m.remat, ("none", "dots", "full"))
+    _one_of("model.dtype", m.dtype, ("auto", "float32", "bfloat16"))
+    _one_of("data.source", d.source, ("jsonl", "arithmetic", "chitchat"))
+    _one_of("data.layout", d.layout, ("turn", "wait_k", "timestamps"))
+    _one_of("data.on_bad_record", d.on_bad_record, ("stop", "skip"))
+    _one_of("optim.schedule", o.schedule, ("constant", "cosine"))
+    for name, value in (
+      ("model.attention_dropout", m.attention_dropout),
+      ("loss.label_smoothing", self.loss.label_smoothing),
+      ("optim.b1", o.b1),
+      ("optim.b2", o.b2),
+    ):
+      _check(0 <= value < 1, name, value, "at least 0 and below 1")
+    _check(
+      m.heads % m.kv_heads == 0, "model.kv_heads", m.kv_heads, f"a divisor of heads ({m.heads})"
+    )
+    _check(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "even, for RoPE")
+    _check(
+      t.batch % t.micro_batches == 0,
+      "train.micro_batches",
+      t.micro_batches,
+      f"a divisor of train.batch ({t.batch})",
+    )
+    _check(
+      o.warmup_steps + o.cooldown_steps <= t.steps,
+      "optim.warmup_steps + optim.cooldown_steps",
+      o.warmup_steps + o.cooldown_steps,
+      f"at most train.steps ({t.steps})",
+    )
+    _check(
+      d.source != "jsonl" or bool(d.train), "data.train", d.train, "a JSONL file to train on"
+    )
+    self.stream_set(silence_id=0)
+
+  def stream_set(self, silence_id: int) -> Streams:
+    """Returns the run's streams and rule, for a tokenizer with this silence token."""
+    return Streams(
+      tuple(Stream.parse(s) for s in self.streams), silence_id, self.same_row, self.skip_silence
+    )
+
+  def changed(self, changes: dict[str, Any]) -> "Config":
+    """Returns a copy with dotted fields set, as in `{"train.steps": 10}`."""
+    copy = Config.from_json(self.to_json())
+    for name, value in changes.items():
+      *path, last = name.split(".")
+      owner = copy
+      for part in path:
+        owner = getattr(owner, part)
+      setattr(owner, last, value)
+    return copy
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what `config.json` holds."""
+    return {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+
+  @classmethod
+  def from_json(cls, data: dict[str, Any]) -> "Config":
+    """Reads what `to_json` wrote; a field that this msjax does not know is an error."""
+    data = json.loads(json.dumps(data))
+    version = data.pop("format_version", None)
+    if version != FORMAT_VERSION:
+      raise InputError(
+        f"config.json: format_version {version}, this msjax reads {FORMAT_VERSION}"
+      )
+    return _build(cls, data, "config")
+
+
+def _build(cls, data: dict[str, Any], path: str):
+  """Makes a dataclass from parsed JSON, nested ones too."""
+  hints = typing.get_type_hints(cls)
+  values = {}
+  for name, value in data.items():
+    if name not in hints:
+      raise InputError(f"{path}.{name}: no such field{nearest(name, hints)}")
+    nested = nested_dataclass(hints[name])
+    if nested and value is not None:
+      value = _build(nested, value, f"{path}.{name}")
+    elif isinstance(value, list):
+      value = tuple(value)
+    values[name] = value
+  return cls(**values)
+
+
+def nested_dataclass(hint) -> type | None:
+  """The dataclass in a field's type (`X` or `X | None`), if it is one."""
+  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+  return next((o for o in options if dataclasses.is_dataclass(o)), None)
+
+
+def _check(ok: bool, name: str, value: Any, expected: str) -> None:
+  if not ok:
+    raise InputError(f"config.{name}: {value!r} is not allowed; expected {expected}")
+
+
+def _positive(owner, prefix: str, names: str) -> None:
+  for name in names.split():
+    value = getattr(owner, name)
+    _check(0 < value < math.inf, f"{prefix}.{name}", value, "a positive number")
+
+
+def _not_negative(owner, prefix: str, names: str) -> None:
+  for name in names.split():
+    value = getattr(owner, name)
+    _check(0 <= value < math.inf, f"{prefix}.{name}", value, "zero or a positive number")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+  if value not in allowed:
+    listed = ", ".join(a or "(empty)" for a in allowed)
+    raise InputError(
+      f"config.{name}: {value!r} is not allowed; expected one of {listed}{nearest(value, allowed)}"
+    )

@@ -1,0 +1,89 @@
+"""Rows in, rows out: feeds a row of every session, takes the model's proposal for the next.
+
+Knows token ids, not text.
+"""
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msjax.decoding.cache import Cache, Layers, feed_row, unstack
+from msjax.decoding.sampling import sample
+from msjax.models.transformer import Transformer
+
+FREE = -2  # in a row that is handed in: let the model write this cell
+
+
+@functools.partial(jax.jit, donate_argnames="cache")
+def _tick(
+  trunk: Transformer,
+  layers: Layers,
+  cache: Cache,
+  tokens: jax.Array,
+  temperature: jax.Array,
+  key: jax.Array,
+) -> tuple[jax.Array, Cache]:
+  """Feeds a row [B, S]; returns the proposal for the next [B, S]."""
+  hidden, cache = feed_row(trunk, layers, cache, tokens)
+  logits = trunk.logits(hidden, tokens)
+  session_keys = jax.vmap(
+    lambda session, row: jax.random.fold_in(jax.random.fold_in(key, session), row)
+  )(jnp.arange(tokens.shape[0]), cache.row)
+  return sample(logits, temperature, session_keys), cache
+
+
+class Decoder:
+  """B sessions that advance together, row by row; the cache grows as they do."""
+
+  def __init__(
+    self,
+    trunk: Transformer,
+    layers: Layers,
+    batch: int = 1,
+    temperature: float = 0.0,
+    seed: int = 0,
+    rows: int = 64,
+  ):
+    """Makes room for `rows` rows to begin with; what is drawn depends on seed, session, row and
+    stream alone."""
+    self.trunk, self.layers = trunk, layers
+    self.temperature = jnp.float32(temperature)
+    self.key = jax.random.key(seed)
+    self.cache = Cache.empty(trunk, batch, rows)
+    self.rows_fed = 0
+
+  @classmethod
+  def of(cls, model: Transformer, **kwargs) -> "Decoder":
+    """Takes a whole model; for one already cut by `unstack` use the constructor."""
+    return cls(*unstack(model), **kwargs)
+
+  def feed(self, row: np.ndarray) -> jax.Array:
+    """Feeds a row int32 [B, S], returns the proposal for the next, int32 [B, S]."""
+    if (self.rows_fed + 1) * len(self.trunk.streams) > self.cache.capacity:
+      self.cache = self.cache.grown(self.cache.capacity)
+    proposal, self.cache = _tick(
+      self.trunk, self.layers, self.cache, jnp.asarray(row), self.temperature, self.key
+    )
+    self.rows_fed += 1
+    return proposal
+
+
+def decode(decoder: Decoder, given: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
+  """Yields complete rows int32 [B, S], one for each row of `given`, as they are made.
+
+  Cells of `given` are token ids, holes, or FREE for the model to write; free cells of the very
+  first row are silence, for nothing has been read to write them from.
+  """
+  proposal = decoder.trunk.streams.silence_id
+  for row in given:
+    row = np.where(row == FREE, proposal, row).astype(np.int32)
+    yield row
+    proposal = np.asarray(decoder.feed(row))
+
+
+def fill(decoder: Decoder, grid: np.ndarray) -> np.ndarray:
+  """Returns int32 [B, R, S] with the FREE cells written by the model."""
+  return np.stack(list(decode(decoder, np.moveaxis(grid, 1, 0))), axis=1)

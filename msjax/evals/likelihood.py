@@ -1,0 +1,81 @@
+"""Held-out loss by stream: per token, and in bits per byte of the text that was predicted."""
+
+import math
+
+import jax
+import numpy as np
+
+from msjax.data.pipeline import Source, held_out_batches
+from msjax.streams import HOLE
+from msjax.text.tokenizer import Tokenizer
+from msjax.training.state import Learner, Params
+
+Scores = dict[str, dict[str, float]]
+
+
+class Tally:
+  """Sums of cross-entropy by stream; silence apart from what is said."""
+
+  def __init__(self, names: tuple[str, ...], silence_id: int, tokenizer: Tokenizer):
+    """Starts empty."""
+    self.names, self.silence_id = names, silence_id
+    self._bytes = np.array([tokenizer.byte_length(i) for i in range(tokenizer.vocab_size)])
+    self._sums = np.zeros((len(names), 5))  # tokens, their nats, their bytes, silences, their nats
+
+  def add(self, labels: np.ndarray, nats: np.ndarray) -> None:
+    """Counts cells: labels int32 (-1 for none) and cross-entropies, both [..., S]."""
+    for s in range(len(self.names)):
+      label, cost = labels[..., s].ravel(), nats[..., s].ravel()
+      silent = label == self.silence_id
+      said = (label != HOLE) & ~silent
+      self._sums[s] += (
+        *(said.sum(), cost[said].sum(), self._bytes[label[said]].sum()),
+        *(silent.sum(), cost[silent].sum()),
+      )
+
+  def scores(self) -> Scores:
+    """Returns for each stream, and for `all`: `tokens`, `loss_per_token` (nats), `bits_per_byte`
+    and `loss_on_silence` (nats a silent cell); 0 where a stream has no such cell."""
+    rows = dict(zip(self.names, self._sums)) | {"all": self._sums.sum(0)}
+    ratio = lambda a, b: float(a / b) if b else 0.0
+    return {
+      name: {
+        "tokens": int(tokens),
+        "loss_per_token": ratio(nats, tokens),
+        "bits_per_byte": ratio(nats / math.log(2), bytes_),
+        "loss_on_silence": ratio(silent_nats, silences),
+      }
+      for name, (tokens, nats, bytes_, silences, silent_nats) in rows.items()
+    }
+
+
+def model_scores(learner: Learner, params: Params, source: Source, tokenizer: Tokenizer) -> Scores:
+  """Scores a model on every held-out example."""
+  streams, config = learner.streams, learner.config
+  tally = Tally(streams.names, streams.silence_id, tokenizer)
+  entropy = jax.jit(learner.cell_entropy)
+  batches = held_out_batches(
+    source, rows=config.data.rows, batch=config.train.batch, pack=config.data.pack
+  )
+  for batch in batches:
+    labels, nats = entropy(params, {k: v for k, v in batch.items() if k != "record"})
+    tally.add(np.asarray(labels), np.asarray(nats))
+  return tally.scores()
+
+
+def unigram_scores(learner: Learner, train: Source, valid: Source, tokenizer: Tokenizer) -> Scores:
+  """Scores the frequencies of each stream's tokens, silence among them, with one added to each."""
+  streams = learner.streams
+  counts = np.ones((len(streams), tokenizer.vocab_size))
+  for index in range(len(train)):
+    tokens = train[index].tokens
+    for s in range(len(streams)):
+      counts[s] += np.bincount(tokens[tokens[:, s] != HOLE, s], minlength=tokenizer.vocab_size)
+  nats = -np.log(counts / counts.sum(1, keepdims=True))
+  tally = Tally(streams.names, streams.silence_id, tokenizer)
+  for index in range(len(valid)):
+    tokens = valid[index].tokens
+    predicted = (tokens[:-1] != HOLE) & (tokens[1:] != HOLE)
+    labels = np.where(predicted, tokens[1:], HOLE)
+    tally.add(labels, nats[np.arange(len(streams)), labels])
+  return tally.scores()

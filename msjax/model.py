@@ -1,0 +1,184 @@
+"""A trained model as its users hold it: streams, tokenizer, logits, rows."""
+
+import dataclasses
+import itertools
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from msjax.config import Config
+from msjax.decoding.cache import unstack
+from msjax.decoding.generate import FREE, Decoder, decode
+from msjax.errors import InputError
+from msjax.streams import HOLE, Streams
+from msjax.text.tokenizer import Tokenizer
+from msjax.training.checkpoint import load_params
+from msjax.training.state import Learner, Params
+from msjax.workdir import WorkDir
+
+_QUIET_ROWS = 4  # with no row count given, generation ends after so many rows of silence
+_LONGEST_ANSWER = 256  # rows after the last given token, with no row count given
+
+
+class Row(NamedTuple):
+  """One generated row.
+
+  Attributes:
+    index: from 0.
+    tokens: id by stream name.
+    text: by stream name, what became readable with this row; silence adds nothing.
+  """
+
+  index: int
+  tokens: dict[str, int]
+  text: dict[str, str]
+
+
+class Model:
+  """Parameters with everything needed to use them; see `msjax.load`."""
+
+  def __init__(
+    self, config: Config, streams: Streams, tokenizer: Tokenizer, params: Params
+  ):
+    """Takes a run's static parts and its parameters."""
+    self.config, self.streams, self.tokenizer = config, streams, tokenizer
+    learner = Learner(config, streams, tokenizer.vocab_size)
+    self.module = learner.model(params)
+    self._logits = jax.jit(lambda model, tokens: model.logits(model(tokens), tokens))
+    self._parts = None
+
+  def logits(self, tokens: np.ndarray | jax.Array) -> jax.Array:
+    """What the model predicts at every cell of whole grids.
+
+    Args:
+      tokens: int [B, R, S], streams by id; -1 is a hole.
+
+    Returns:
+      float32 [B, R, S, V]: at (r, s) for the cell (r + 1, s); 0 at holes.
+    """
+    tokens = np.asarray(tokens)
+    S, V = len(self.streams), self.tokenizer.vocab_size
+    if tokens.ndim != 3 or tokens.shape[2] != S or not np.issubdtype(tokens.dtype, np.integer):
+      raise InputError(
+        f"tokens: {tokens.dtype} of shape {tokens.shape}; expected integers [B, R, {S}], "
+        f"streams {', '.join(self.streams.names)}"
+      )
+    if tokens.size and not (HOLE <= tokens.min() and tokens.max() < V):
+      raise InputError(
+        f"tokens: ids from {tokens.min()} to {tokens.max()}; expected -1 (hole) to {V - 1}"
+      )
+    return self._logits(self.module, jnp.asarray(tokens, jnp.int32))
+
+  def decoder(self, **kwargs) -> Decoder:
+    """Returns a `Decoder` of this model: rows of token ids, many sessions."""
+    if self._parts is None:
+      self._parts = unstack(self.module)
+    return Decoder(*self._parts, **kwargs)
+
+  def generate(
+    self,
+    inputs: Mapping[str, str] = {},  # noqa: B006 - never written to
+    at: Iterable[tuple[int, str, str]] = (),
+    rows: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+  ) -> Iterator[Row]:
+    """Reads text one token a row and yields every row as it is made.
+
+    Args:
+      inputs: text by input stream, read from row 0 on.
+      at: (row, input stream, text): read from that row on; where the stream is still being read,
+        right after.
+      rows: how many to make; None: until the text is read and four rows passed in silence.
+      temperature: 0 takes the likeliest token.
+      seed: of what is drawn.
+
+    Raises:
+      InputError: an unknown stream, one that is no input, a row that is never reached.
+    """
+    schedule = Schedule(self.streams)
+    for row, stream, text in itertools.chain(((0, s, t) for s, t in inputs.items()), at):
+      schedule.put(row, stream, self._said(text))
+    if rows is not None and schedule.rows > rows:
+      raise InputError(
+        f"rows: {rows} end before the given text, which takes {schedule.rows} rows"
+      )
+    return self._rows(schedule, rows, temperature, seed)
+
+  def _said(self, text: str) -> list[int]:
+    """Tokens of a message, ended as messages were in training."""
+    ids = self.tokenizer.encode(text)
+    return [*ids, self.tokenizer.end_id] if self.config.data.end_token else ids
+
+  def _rows(self, schedule, rows, temperature, seed) -> Iterator[Row]:
+    names = self.streams.names
+    written = list(self.streams.of_kind("output", "internal"))
+    hushed = (self.streams.silence_id, self.tokenizer.end_id)
+    texts = [self.tokenizer.stream_decoder() for _ in names]
+    limit = schedule.rows + _LONGEST_ANSWER if rows is None else rows
+    decoder = self.decoder(temperature=temperature, seed=seed)
+    quiet = 0
+    for index, (row,) in enumerate(decode(decoder, (schedule.row(r)[None] for r in range(limit)))):
+      ids = [int(i) for i in row]
+      text = [t.push(i) for t, i in zip(texts, ids)]
+      yield Row(index, dict(zip(names, ids)), dict(zip(names, text)))
+      read = index >= schedule.rows - 1
+      quiet = quiet + 1 if read and all(ids[s] in hushed for s in written) else 0
+      if rows is None and quiet >= _QUIET_ROWS:
+        return
+
+
+@dataclasses.dataclass
+class Schedule:
+  """Which tokens the input streams get in which row."""
+
+  streams: Streams
+
+  def __post_init__(self):
+    """Starts empty."""
+    self._cells: list[dict[int, int]] = [{} for _ in self.streams.names]
+
+  def put(self, row: int, stream: str, ids: list[int]) -> None:
+    """Appends tokens to an input stream from `row` on, or from where it has been read to."""
+    s = self.streams.id(stream)
+    if self.streams.streams[s].kind != "input":
+      inputs = ", ".join(self.streams.names[i] for i in self.streams.of_kind("input")) or "none"
+      raise InputError(
+        f"stream {stream!r}: the model writes it; text can be put into input streams: {inputs}"
+      )
+    if row < 0:
+      raise InputError(f"row {row} for stream {stream!r}: expected 0 or more")
+    cells = self._cells[s]
+    for id in ids:
+      while row in cells:
+        row += 1
+      cells[row] = id
+
+  @property
+  def rows(self) -> int:
+    """Rows up to the last given token, at least 1."""
+    return max((max(cells) + 1 for cells in self._cells if cells), default=1)
+
+  def row(self, index: int) -> np.ndarray:
+    """Returns int32 [S]: given tokens, silence in idle input streams, FREE elsewhere."""
+    silence = self.streams.silence_id
+    return np.array(
+      [
+        cells.get(index, silence) if stream.kind == "input" else FREE
+        for stream, cells in zip(self.streams.streams, self._cells)
+      ],
+      np.int32,
+    )
+
+
+def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
+  """Loads a run: its latest checkpoint, or that of `step`."""
+  directory = WorkDir(workdir)
+  config, streams, tokenizer = directory.config(), directory.streams(), directory.tokenizer()
+  learner = Learner(config, streams, tokenizer.vocab_size)
+  abstract = jax.eval_shape(learner.init, jax.random.key(0)).params
+  return Model(config, streams, tokenizer, load_params(directory.checkpoints, abstract, step))

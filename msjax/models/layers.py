@@ -1,0 +1,52 @@
+"""The pieces between matrix products: RMSNorm and rotary positions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from msjax.config import RopeScaling
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+  """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+  return (y * scale).astype(x.dtype)
+
+
+def rope_angles(
+  positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None
+) -> tuple[jax.Array, jax.Array]:
+  """Cosines and sines of rotary embedding (Su et al. 2021, arXiv 2104.09864).
+
+  Args:
+    positions: int32 [B, L].
+    head_dim: H, even.
+    theta: base of the frequencies.
+    scaling: Llama 3's stretch of low frequencies, or None.
+
+  Returns:
+    Two float32 arrays [B, L, H / 2].
+  """
+  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  if scaling is not None:
+    frequency = _llama3_frequencies(frequency, scaling)
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  return jnp.cos(angle), jnp.sin(angle)
+
+
+def _llama3_frequencies(frequency: jax.Array, scaling: RopeScaling) -> jax.Array:
+  """Divides low frequencies by `factor`, keeps high ones, blends between (Llama 3.1)."""
+  turns = scaling.original_max_position * frequency / (2 * math.pi)
+  keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+  keep = jnp.clip(keep, 0.0, 1.0)
+  return frequency * (keep + (1 - keep) / scaling.factor)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates [B, L, heads, H] by its positions; pairs are (i, i + H / 2), as in Hugging Face."""
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  cos, sin = cos[:, :, None], sin[:, :, None]
+  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+  return turned.astype(x.dtype)

@@ -1,0 +1,202 @@
+"""The multi-stream transformer: Qwen3, Qwen2.5 or Llama by its config, plus a stream embedding.
+
+Letters: B batch, R rows, S streams, L = R * S cells, D model, N query heads, K key/value heads,
+H head dim, F mlp, V vocabulary, M cache length.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from msjax.config import ModelConfig
+from msjax.kernels import xla
+from msjax.models.layers import rms_norm, rope_angles, rotate
+from msjax.streams import HOLE, Streams
+
+Rope = tuple[jax.Array, jax.Array]
+# (q [B, L, N, H], k and v [B, L, K, H], all rotated) -> attended values [B, L, N, H]
+Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+
+REMAT = {
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _matrix(rngs, shape, fan_in, gain=1.0):
+  return nnx.Param(jax.random.normal(rngs.params(), shape) * (gain / math.sqrt(fan_in)))
+
+
+def _bias(wanted, shape):
+  return nnx.Param(jnp.zeros(shape)) if wanted else None
+
+
+def _plus(x, bias):
+  return x if bias is None else x + bias[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """Projections, q/k norm and RoPE of grouped-query attention; `attend` does the rest."""
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    """Draws the weights."""
+    D, N, K, H = cfg.dim, cfg.heads, cfg.kv_heads, cfg.head_dim
+    self.eps = cfg.norm_eps
+    self.q = _matrix(rngs, (D, N, H), D)
+    self.k = _matrix(rngs, (D, K, H), D)
+    self.v = _matrix(rngs, (D, K, H), D)
+    self.out = _matrix(rngs, (N, H, D), N * H, 1 / math.sqrt(2 * cfg.layers))
+    self.q_bias = _bias(cfg.qkv_bias, (N, H))
+    self.k_bias = _bias(cfg.qkv_bias, (K, H))
+    self.v_bias = _bias(cfg.qkv_bias, (K, H))
+    self.out_bias = _bias(cfg.out_bias, (D,))
+    self.q_norm = nnx.Param(jnp.ones(H)) if cfg.qk_norm else None
+    self.k_norm = nnx.Param(jnp.ones(H)) if cfg.qk_norm else None
+
+  def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> jax.Array:
+    """[B, L, D] -> [B, L, D]."""
+    project = lambda w, b: _plus(jnp.einsum("bld,dnh->blnh", x, w[...].astype(x.dtype)), b)
+    q, k, v = project(self.q, self.q_bias), project(self.k, self.k_bias), project(self.v, self.v_bias)
+    if self.q_norm is not None:
+      q = rms_norm(q, self.q_norm[...], self.eps)
+      k = rms_norm(k, self.k_norm[...], self.eps)
+    attended = attend(rotate(q, *rope), rotate(k, *rope), v)
+    out = jnp.einsum("blnh,nhd->bld", attended, self.out[...].astype(x.dtype))
+    return _plus(out, self.out_bias)
+
+
+class Mlp(nnx.Module):
+  """The gated feed-forward part (SwiGLU)."""
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    """Draws the weights."""
+    D, F = cfg.dim, cfg.mlp_dim
+    self.gate = _matrix(rngs, (D, F), D)
+    self.up = _matrix(rngs, (D, F), D)
+    self.down = _matrix(rngs, (F, D), F, 1 / math.sqrt(2 * cfg.layers))
+    self.gate_bias = _bias(cfg.mlp_bias, (F,))
+    self.up_bias = _bias(cfg.mlp_bias, (F,))
+    self.down_bias = _bias(cfg.mlp_bias, (D,))
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, L, D] -> [B, L, D]."""
+    gate = _plus(x @ self.gate[...].astype(x.dtype), self.gate_bias)
+    up = _plus(x @ self.up[...].astype(x.dtype), self.up_bias)
+    return _plus((jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype), self.down_bias)
+
+
+class Block(nnx.Module):
+  """One pre-norm layer."""
+
+  def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+    """Draws the weights."""
+    self.eps = cfg.norm_eps
+    self.attention_norm = nnx.Param(jnp.ones(cfg.dim))
+    self.attention = Attention(cfg, rngs=rngs)
+    self.mlp_norm = nnx.Param(jnp.ones(cfg.dim))
+    self.mlp = Mlp(cfg, rngs=rngs)
+
+  def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> jax.Array:
+    """[B, L, D] -> [B, L, D]."""
+    x = x + self.attention(rms_norm(x, self.attention_norm[...], self.eps), rope, attend)
+    return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
+
+
+class Transformer(nnx.Module):
+  """Rows of tokens in, hidden states and logits out.
+
+  `layers` is one Block whose parameters carry a leading axis of layers.
+  """
+
+  def __init__(self, cfg: ModelConfig, streams: Streams, vocab_size: int, *, rngs: nnx.Rngs):
+    """Draws the weights."""
+    self.cfg, self.streams = nnx.static(cfg), streams
+    embedding = lambda n: nnx.Param(0.02 * jax.random.normal(rngs.params(), (n, cfg.dim)))
+    self.embed = embedding(vocab_size)  # [V, D]
+    self.stream_embed = embedding(len(streams))  # [S, D]
+    self.layers = jax.vmap(lambda r: Block(cfg, rngs=r))(rngs.split(cfg.layers))
+    self.norm = nnx.Param(jnp.ones(cfg.dim))
+    self.head = None if cfg.tied_head else _matrix(rngs, (vocab_size, cfg.dim), cfg.dim)
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    segments: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> jax.Array:
+    """One pass over whole grids.
+
+    Args:
+      tokens: int32 [B, R, S]; -1 is a hole.
+      segments: int32 [B, R] of packed sequences, or None.
+      positions: int32 [B, R, S], or None for the rows of each segment.
+      dropout_key: a key when training with attention dropout, else None.
+
+    Returns:
+      [B, R, S, D], normed: `logits` takes it from here. At holes it means nothing.
+    """
+    streams = self.streams
+    visibility = streams.visibility(tokens, segments)
+    if positions is None:
+      positions = streams.positions(tokens, segments)
+    rope = self.rope(streams.to_attention(positions))
+    rate = self.cfg.attention_dropout if dropout_key is not None else 0.0
+
+    def layer(carry, block):
+      x, key = carry
+      dropout = None
+      if rate:
+        key, layer_key = jax.random.split(key)
+        dropout = xla.Dropout(rate, layer_key)
+      attend = functools.partial(_attend_grid, visibility=visibility, dropout=dropout)
+      return (block(x, rope, attend), key), None
+
+    if self.cfg.remat != "none":
+      layer = jax.checkpoint(layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
+    x = streams.to_attention(self.embedded(tokens))
+    (x, _), _ = jax.lax.scan(layer, (x, dropout_key), self.layers)
+    return streams.from_attention(self.normed(x))
+
+  def embedded(self, tokens: jax.Array) -> jax.Array:
+    """Token plus stream embedding: int32 [..., S] -> [..., S, D]; holes are clamped to token 0."""
+    x = self.embed[...].at[jnp.maximum(tokens, 0)].get(mode="promise_in_bounds")
+    return (x + self.stream_embed[...]).astype(self.dtype)
+
+  def rope(self, positions: jax.Array) -> Rope:
+    """Rotary angles for int32 [B, L]."""
+    cfg = self.cfg
+    return rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+
+  def normed(self, x: jax.Array) -> jax.Array:
+    """The last norm."""
+    return rms_norm(x, self.norm[...], self.cfg.norm_eps)
+
+  @property
+  def output_matrix(self) -> jax.Array:
+    """[V, D], the embedding where tied."""
+    return (self.embed if self.head is None else self.head)[...]
+
+  def logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Logits of hidden states [..., D] for tokens [...]: float32 [..., V], 0 at holes."""
+    matrix = self.output_matrix.astype(hidden.dtype)
+    logits = jnp.einsum("...d,vd->...v", hidden, matrix, preferred_element_type=jnp.float32)
+    return jnp.where((tokens != HOLE)[..., None], logits, 0.0)
+
+  @property
+  def dtype(self) -> jnp.dtype:
+    """Of activations."""
+    if self.cfg.dtype != "auto":
+      return jnp.dtype(self.cfg.dtype)
+    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def _attend_grid(q, k, v, visibility, dropout):
+  """Attention of a whole grid to itself; heads go before cells for the kernel and back."""
+  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
+  out = xla.attention(heads_first(q), heads_first(k), heads_first(v), visibility, dropout)
+  return heads_first(out)

@@ -1,0 +1,46 @@
+"""Trains a run, its baseline with it, and reports: `python -m msjax.train --config=FILE`.
+
+The same command goes on where it was stopped. `--config.FIELD=VALUE` changes a field.
+"""
+
+import json
+
+from absl import flags, logging
+
+from msjax import cli, config_flag
+from msjax.errors import InputError
+from msjax.evals import reports
+from msjax.training.loop import train
+from msjax.workdir import WorkDir
+
+_CONFIG = config_flag.define()
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "directory of the run; by default the config's, if it has one"
+)
+_PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved config and end")
+
+
+def main(_) -> None:
+  """Trains, then trains the baseline if the config has one, then reports."""
+  config = config_flag.resolve(_CONFIG)
+  config.workdir = _WORKDIR.value or config.workdir
+  if _PRINT_CONFIG.value:
+    print(json.dumps(config.to_json(), indent=2))
+    return
+  if not config.workdir:
+    raise InputError("--workdir: not given, and this config has no default; expected a directory")
+  workdir = WorkDir(config.workdir)
+  logging.info("work directory %s", workdir.path)
+  trained, baseline = train(config, workdir), None
+  if config.baseline:
+    other = config.changed({**config.baseline, "baseline": {}, "report": ""})
+    other.validate()
+    logging.info("baseline: the same run with %s", config.baseline)
+    baseline = train(other, workdir.baseline)
+  if config.report:
+    workdir.write_report(reports.REPORTS[config.report](trained, baseline))
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.INFO)
+  cli.run(main, check=config_flag.check)

@@ -1,0 +1,1 @@
+"""Loss, optimizer, checkpoints, metrics and the training loop."""

@@ -1,0 +1,161 @@
+"""Orbax checkpoints of a run: parameters, optimizer and data position apart, written behind its back.
+
+A checkpoint appears under its step number only when it is whole (Orbax writes to a temporary name
+and renames), so whatever kills a run, the last one that stands is good.
+"""
+
+import pathlib
+from typing import Any
+
+import jax
+from absl import logging
+from orbax.checkpoint import v1 as ocp
+
+from msjax.errors import InputError, RunError
+from msjax.training.state import Params, TrainState
+
+_policies = ocp.training.preservation_policies
+
+
+class Checkpoints:
+  """The checkpoints of one work directory; a context manager, so that the last write lands."""
+
+  def __init__(self, directory: pathlib.Path, keep: int):
+    """Opens or creates the directory; keeps the latest `keep` and the best by held-out loss."""
+    self.directory = directory
+    best = _policies.BestN(
+      get_metric_fn=lambda metrics: -metrics["valid_loss"],
+      n=1,
+      keep_checkpoints_without_metrics=False,
+    )
+    self._checkpointer = ocp.training.Checkpointer(
+      directory.absolute(),
+      save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+      preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), best]),
+      cleanup_tmp_directories=True,
+    )
+    self._writing = None
+
+  def __enter__(self) -> "Checkpoints":
+    """Returns itself."""
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    """Waits for the write in flight."""
+    try:
+      if kind is None:
+        self.wait()
+    finally:
+      _quietly(self._checkpointer.close)
+
+  @property
+  def latest(self) -> int | None:
+    """Steps taken at the latest whole checkpoint, or None."""
+    return self._checkpointer.latest.step if self._checkpointer.latest else None
+
+  def latest_path(self) -> str:
+    """Names the latest whole checkpoint on disk, or says "none"."""
+    steps = _steps(self.directory)
+    return str(self.directory / str(steps[-1])) if steps else "none"
+
+  @property
+  def best_loss(self) -> float:
+    """Lowest held-out loss of the checkpoints that stand; infinite if none has one."""
+    losses = [c.metrics["valid_loss"] for c in self._checkpointer.checkpoints if c.metrics]
+    return min(losses, default=float("inf"))
+
+  def save(self, step: int, state: TrainState, data: Any, valid_loss: float | None) -> None:
+    """Starts writing a checkpoint; first waits for the one before, and raises what befell it.
+
+    Args:
+      step: steps taken.
+      state: finite; may be donated as soon as this returns.
+      data: the data iterator, at the batch after the last one used.
+      valid_loss: held-out loss at this step if it was just measured.
+    """
+    self.wait()
+    checkpointables = {
+      "params": state.params,
+      "optimizer": {"step": state.step, "opt_state": state.opt_state},
+      "data": data,
+    }
+    metrics = None if valid_loss is None else {"valid_loss": valid_loss}
+    self._writing = self._attempt(
+      lambda: self._checkpointer.save_checkpointables_async(step, checkpointables, metrics=metrics)
+    )
+
+  def wait(self) -> None:
+    """Returns when nothing is being written; raises `RunError` if it could not be."""
+    writing, self._writing = self._writing, None
+    if writing is not None:
+      self._attempt(writing.result)
+
+  def _attempt(self, act):
+    try:
+      return act()
+    except Exception as error:
+      raise RunError(
+        f"a checkpoint could not be written to {self.directory}: {_first_line(error)}; "
+        f"last good checkpoint: {self.latest_path()}"
+      ) from error
+
+  def restore(self, abstract: TrainState, data: Any) -> TrainState:
+    """Returns the latest state and moves the data iterator to where it was then.
+
+    Args:
+      abstract: `jax.ShapeDtypeStruct`s of the state.
+      data: a fresh iterator over the same data.
+    """
+    restored = self._checkpointer.load_checkpointables(
+      None,
+      {
+        "params": abstract.params,
+        "optimizer": {"step": abstract.step, "opt_state": abstract.opt_state},
+        "data": data,
+      },
+    )
+    optimizer = restored["optimizer"]
+    return TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
+
+
+def load_params(directory: pathlib.Path, abstract: Params | None, step: int | None = None) -> Params:
+  """Reads the parameters alone of a checkpoint, the latest unless `step` says otherwise.
+
+  Args:
+    directory: `WORKDIR/checkpoints`.
+    abstract: `jax.ShapeDtypeStruct`s to read into, or None to take shapes as they were saved.
+    step: steps taken at the checkpoint.
+  """
+  steps = _steps(directory)
+  if not steps:
+    raise InputError(f"{directory}: holds no checkpoint; train this work directory first")
+  if step is not None and step not in steps:
+    raise InputError(f"{directory}: no checkpoint of step {step}; there are {steps}")
+  path = (directory / str(steps[-1] if step is None else step)).absolute()
+  logging.info("reading parameters from %s", path)
+  if abstract is None:
+    saved = ocp.checkpointables_metadata(path).metadata["params"]
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
+  return ocp.load_checkpointables(path, {"params": abstract})["params"]
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+  """Steps of the whole checkpoints in a directory, which may not exist; temporary names differ."""
+  names = (p.name for p in directory.iterdir()) if directory.is_dir() else ()
+  return sorted(int(name) for name in names if name.isdigit())
+
+
+def _first_line(error: BaseException) -> str:
+  """The innermost message, cut to one readable line."""
+  while error.__cause__ is not None:
+    error = error.__cause__
+  lines = str(error).strip().splitlines() or [type(error).__name__]
+  return lines[0][:300]
+
+
+def _quietly(close) -> None:
+  """Closes after an error that has been reported already: its repetition helps nobody."""
+  try:
+    close()
+  except Exception as error:
+    logging.debug("while closing: %s", error)

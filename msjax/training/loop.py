@@ -1,0 +1,232 @@
+"""The training loop: one function that reads from top to bottom."""
+
+import contextlib
+import functools
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from msjax.config import Config
+from msjax.data import load as data_lib
+from msjax.data import pipeline
+from msjax.data.load import Data
+from msjax.data.pipeline import Source
+from msjax.errors import InputError, RunError
+from msjax.training.checkpoint import Checkpoints, load_params
+from msjax.training.metrics import Metrics
+from msjax.training.state import Learner, Params, TrainState, summarize
+from msjax.workdir import WorkDir
+
+
+class Trained(NamedTuple):
+  """What a finished run leaves in memory.
+
+  Attributes:
+    learner: its static half.
+    params: at the last step.
+    data: what it read.
+    seconds: spent in the loop, over all restarts; compilation, evaluation and saving included.
+  """
+
+  learner: Learner
+  params: Params
+  data: Data
+  seconds: float
+
+
+class Stopped(RunError):
+  """A signal asked the run to end; it is saved and goes on when started again."""
+
+  exit_status = 42
+
+
+def train(config: Config, workdir: WorkDir) -> Trained:
+  """Trains a run to its last step, from wherever it stands.
+
+  It starts from the first of these that exists: the latest checkpoint in `workdir`, the parameters
+  of `config.init_from`, fresh random parameters.
+
+  Raises:
+    InputError: data, config or work directory are wrong.
+    RunError: the loss is not finite, a checkpoint cannot be written, or a signal came (`Stopped`).
+  """
+  t = config.train
+  with workdir.lock():
+    data = data_lib.load(config, made_before=workdir.path / "tokenizer.json")
+    workdir.claim(config, data.streams, data.tokenizer)
+    learner = Learner(config, data.streams, data.tokenizer.vocab_size)
+    batches = pipeline.training_batches(
+      data.train,
+      rows=config.data.rows,
+      batch=t.batch,
+      micro_batches=t.micro_batches,
+      pack=config.data.pack,
+      seed=t.seed,
+      threads=t.read_threads,
+    )
+    with Checkpoints(workdir.checkpoints, t.keep) as checkpoints, _stop_signals() as stop:
+      state = _start(learner, checkpoints, batches)
+      start = int(state.step)
+      best = checkpoints.best_loss
+      take_step = jax.jit(learner.step, donate_argnums=0)
+      with Metrics(workdir.metrics, start, t.steps, t.log_every) as metrics:
+        finish = functools.partial(_finish, metrics, data.train, checkpoints)
+        running = None  # the step whose scalars have not been read yet
+        for step in range(start + 1, t.steps + 1):
+          begun = time.perf_counter()
+          batch = dict(next(batches))
+          metrics.waited(time.perf_counter() - begun)
+          records = batch.pop("record")
+          state, scalars = take_step(state, batch)
+          finish(running)
+          running = _Running(step, scalars, records)
+          last = step == t.steps or stop.is_set()
+          evaluate_now = data.valid is not None and (
+            step == t.steps or bool(t.eval_every and step % t.eval_every == 0)
+          )
+          if not (last or evaluate_now or step % t.save_every == 0):
+            continue
+          running = finish(running)  # only a state whose own step was finite is evaluated or saved
+          valid_loss = None
+          if evaluate_now:
+            scores = evaluate(learner, state.params, data.valid)
+            metrics.write("valid", step, scores)
+            valid_loss = scores["loss"]
+            logging.info("step %d  held-out loss %.4f", step, valid_loss)
+          is_best = valid_loss is not None and valid_loss < best
+          best = valid_loss if is_best else best
+          if last or is_best or step % t.save_every == 0:
+            checkpoints.save(step, state, batches, valid_loss)
+          if stop.is_set() and step < t.steps:
+            checkpoints.wait()
+            raise Stopped(f"stopped by a signal and saved at step {step}; run again to go on")
+        seconds = metrics.seconds
+  return Trained(learner, state.params, data, seconds)
+
+
+class _Running(NamedTuple):
+  """A dispatched step: its number, its scalars on the device, its batch's record indices."""
+
+  step: int
+  scalars: dict[str, jax.Array]
+  records: np.ndarray
+
+
+def _finish(
+  metrics: Metrics, source: Source, checkpoints: Checkpoints, running: _Running | None
+) -> None:
+  """Reads the scalars of a step; a loss or gradient that is not finite ends the run."""
+  if running is None:
+    return
+  values = metrics.step(running.step, running.scalars)
+  if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
+    return
+  names = [source.record_id(int(i)) for i in np.unique(running.records) if i >= 0]
+  listed = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
+  raise RunError(
+    f"step {running.step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
+    f"last good checkpoint: {checkpoints.latest_path()}; the batch's records: {listed}"
+  )
+
+
+def _start(learner: Learner, checkpoints: Checkpoints, batches) -> TrainState:
+  """Restores, takes over or draws the first state; places `batches` where the state was saved."""
+  config = learner.config
+  key = jax.random.key(config.train.seed)
+  if checkpoints.latest is not None:
+    state = checkpoints.restore(jax.eval_shape(learner.init, key), batches)
+    logging.info("going on from step %d", int(state.step))
+    return state
+  state = jax.jit(learner.init)(key)
+  if config.init_from:
+    params = _taken_over(learner, state.params, WorkDir(config.init_from))
+    state = TrainState(state.step, params, learner.tx.init(params))
+  count = sum(p.size for p in jax.tree.leaves(state.params))
+  logging.info("%s parameters, %s", f"{count:,}", jax.devices()[0].platform)
+  return state
+
+
+def _taken_over(learner: Learner, fresh: Params, other: WorkDir) -> Params:
+  """Returns another run's parameters; streams are matched by name, new ones keep fresh embeddings."""
+  tokenizer, streams = other.tokenizer(), other.streams()
+  if tokenizer.vocab_size != learner.vocab_size:
+    raise InputError(
+      f"config.init_from: {other.path} has {tokenizer.vocab_size} tokens, this run "
+      f"{learner.vocab_size}; give its tokenizer by --config.data.tokenizer="
+      f"{other.path / 'tokenizer.json'}"
+    )
+  params = load_params(other.checkpoints, None)
+  old, embed = np.asarray(params["stream_embed"]), np.array(fresh["stream_embed"])
+  shapes = lambda tree: {
+    jax.tree_util.keystr(path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    if "stream_embed" not in jax.tree_util.keystr(path)
+  }
+  theirs, ours = shapes(params), shapes(fresh)
+  if theirs != ours:
+    name = next(n for n in sorted(theirs | ours) if theirs.get(n) != ours.get(n))
+    raise InputError(
+      f"config.init_from: {other.path} has {name} of shape {theirs.get(name)}, this run's "
+      f"config.model makes {ours.get(name)}; take the model fields of its config.json"
+    )
+  for i, name in enumerate(learner.streams.names):
+    if name in streams.names:
+      embed[i] = old[streams.id(name)]
+    else:
+      logging.info("stream %s is new: its embedding starts random", name)
+  logging.info("starting from the parameters of %s", other.path)
+  return jax.tree.map(jnp.asarray, {**params, "stream_embed": embed})
+
+
+def evaluate(learner: Learner, params: Params, source: Source) -> dict[str, float]:
+  """Returns the held-out means that `summarize` makes, over `config.train.eval_batches`."""
+  t, d = learner.config.train, learner.config.data
+  batches = pipeline.held_out_batches(
+    source, rows=d.rows, batch=t.batch // t.micro_batches, pack=d.pack
+  )
+  score = _jitted(learner)
+  sums = None
+  for i, batch in enumerate(batches):
+    if t.eval_batches and i == t.eval_batches:
+      break
+    part = score(params, {k: v for k, v in batch.items() if k != "record"})
+    sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
+  scores = summarize(sums, learner.streams, learner.config.loss)
+  return {name: float(value) for name, value in scores.items() if name != "cells"}
+
+
+@functools.lru_cache(maxsize=4)
+def _jitted(learner: Learner):
+  """Compiles evaluation once a run."""
+  return jax.jit(learner.evaluate)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+  """An event that SIGTERM and Ctrl-C set; a second one takes effect as ever."""
+  asked = threading.Event()
+  if threading.current_thread() is not threading.main_thread():
+    yield asked  # only the main thread may handle signals
+    return
+  before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+
+  def ask(number, _):
+    asked.set()
+    signal.signal(number, before[number])
+    logging.info("%s: saving after this step", signal.Signals(number).name)
+
+  for s in before:
+    signal.signal(s, ask)
+  try:
+    yield asked
+  finally:
+    for s, handler in before.items():
+      signal.signal(s, handler)

@@ -1,0 +1,131 @@
+"""What a run says of itself: a log line, JSON lines and TensorBoard events, every N steps.
+
+Scalars stay on the device until the next step has been dispatched, so the device never waits for
+the host to read a loss.
+"""
+
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import jax
+import rich.progress
+import tensorboardX
+from absl import logging
+
+FORMAT_VERSION = 1
+
+
+class Metrics:
+  """Writes the metrics of one run; a context manager."""
+
+  def __init__(self, path: pathlib.Path, start: int, steps: int, log_every: int):
+    """Opens `path` (JSON lines) and TensorBoard events beside it.
+
+    Lines of later steps than `start`, left by a run that was killed after its last checkpoint, are
+    cut off: those steps are going to be taken again.
+    """
+    self.path, self.steps, self.log_every = path, steps, log_every
+    before = _truncate(path, start)
+    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
+    self._board = tensorboardX.SummaryWriter(str(path.parent / "tensorboard"), purge_step=start)
+    self._progress = rich.progress.Progress(
+      rich.progress.TextColumn("{task.description}"),
+      rich.progress.BarColumn(),
+      rich.progress.MofNCompleteColumn(),
+      rich.progress.TimeRemainingColumn(),
+      console=rich.console.Console(stderr=True),
+      disable=not sys.stderr.isatty(),
+      transient=True,
+    )
+    self._task = self._progress.add_task("steps", total=steps, completed=start)
+    self._start, self._since, self._begun = start, start, time.perf_counter()
+    self._seconds_before = before.get("seconds", 0.0)
+    self._interval_begun, self._data_wait, self._cells = self._begun, 0.0, 0.0
+
+  def __enter__(self) -> "Metrics":
+    """Starts the progress bar where there is a terminal."""
+    self._progress.start()
+    return self
+
+  def __exit__(self, *_) -> None:
+    """Closes files."""
+    self._progress.stop()
+    self._file.close()
+    self._board.close()
+
+  @property
+  def seconds(self) -> float:
+    """Time spent training so far, over all restarts, as far as it was logged."""
+    return self._seconds_before + time.perf_counter() - self._begun
+
+  def waited(self, seconds: float) -> None:
+    """Counts time spent waiting for data."""
+    self._data_wait += seconds
+
+  def step(self, step: int, scalars: dict[str, jax.Array]) -> dict[str, float]:
+    """Takes the scalars of the step that ended as number `step`; returns them as floats."""
+    values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+    self._cells += values.pop("cells")
+    self._progress.update(self._task, completed=step)
+    if step % self.log_every == 0 or step == self.steps:
+      now = time.perf_counter()
+      taken = max(step - self._since, 1)
+      seconds = now - self._interval_begun
+      timing = {
+        "tokens_per_second": self._cells / seconds,
+        "step_seconds": seconds / taken,
+        "data_wait_seconds": self._data_wait / taken,
+        "seconds": self.seconds,
+      }
+      self.write("train", step, {**values, **timing})
+      self._say(step, values, timing, now)
+      self._since, self._interval_begun, self._data_wait, self._cells = step, now, 0.0, 0.0
+    return values
+
+  def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+    """Appends one JSON line and the same to TensorBoard."""
+    line = {"format_version": FORMAT_VERSION, "kind": kind, "step": step, **values}
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(f"{kind}/{name}", value, step)
+
+  def _say(self, step, values, timing, now) -> None:
+    eta = (now - self._begun) / max(step - self._start, 1) * (self.steps - step)
+    streams = " ".join(
+      f"{name[5:]} {value:.4f}" for name, value in values.items() if name.startswith("loss/")
+    )
+    logging.info(
+      "step %d/%d  eta %s  loss %.4f (%s)  |g| %.3g  lr %.3g  %s tokens/s  %.1f ms/step"
+      "  data wait %.1f ms",
+      *(step, self.steps, _clock(eta), values["loss"], streams),
+      *(values["gradient_norm"], values["learning_rate"]),
+      f"{timing['tokens_per_second']:,.0f}",
+      timing["step_seconds"] * 1e3,
+      timing["data_wait_seconds"] * 1e3,
+    )
+
+
+def _truncate(path: pathlib.Path, step: int) -> dict[str, Any]:
+  """Keeps the whole lines of steps up to `step`; returns the last one of training, or {}."""
+  if not path.exists():
+    return {}
+  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+  kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+  if len(kept) < len(lines):
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+  trained = [line for line in map(json.loads, kept) if line["kind"] == "train"]
+  return trained[-1] if trained else {}
+
+
+def _clock(seconds: float) -> str:
+  minutes, seconds = divmod(math.ceil(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

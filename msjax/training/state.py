@@ -1,0 +1,164 @@
+"""The train state, how it begins, and the one step that advances it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from msjax.config import Config, LossConfig
+from msjax.models.transformer import Transformer
+from msjax.streams import Streams
+from msjax.training.loss import Penalties, cross_entropy
+from msjax.training.optim import optimizer, schedule
+
+Params = dict[str, Any]
+Batch = dict[str, jax.Array]  # tokens, weights [.., B, R, S] and segments [.., B, R]
+Scalars = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """All that a run is, but for its data position.
+
+  Attributes:
+    step: int32 [], steps taken.
+    params: nested dict of float32 arrays; layers carry a leading axis.
+    opt_state: Optax's.
+  """
+
+  step: jax.Array
+  params: Params
+  opt_state: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Learner:
+  """The static half of a run: what turns a state and a batch into the next state."""
+
+  config: Config
+  streams: Streams
+  vocab_size: int
+
+  @functools.cached_property
+  def graphdef(self) -> nnx.GraphDef:
+    """The model without its arrays: `nnx.merge(graphdef, params)` is the model."""
+    return nnx.graphdef(jax.eval_shape(self._build, jax.random.key(0)))
+
+  @functools.cached_property
+  def tx(self) -> optax.GradientTransformation:
+    """The optimizer."""
+    return optimizer(self.config.optim, self.config.train.steps)
+
+  def _build(self, key: jax.Array) -> Transformer:
+    rngs = nnx.Rngs(params=key)
+    return Transformer(self.config.model, self.streams, self.vocab_size, rngs=rngs)
+
+  def init(self, key: jax.Array) -> TrainState:
+    """Returns the state at step 0; traceable, so `jax.eval_shape` gives the abstract state."""
+    params = nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
+    return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+
+  def model(self, params: Params) -> Transformer:
+    """Returns the model with these parameters."""
+    return nnx.merge(self.graphdef, params)
+
+  def step(self, state: TrainState, batch: Batch) -> tuple[TrainState, Scalars]:
+    """Takes one optimizer step on a batch of micro-batches.
+
+    Args:
+      state: donated.
+      batch: tokens int32 and weights float32 [A, B, R, S], segments int32 [A, B, R], A
+        micro-batches; gradients are summed over them and divided by the sum of weights of all, so
+        the result does not depend on how a batch is cut.
+
+    Returns:
+      The next state; scalars of this step: loss, per-stream losses, gradient norm, learning rate.
+    """
+    seed = jax.random.key(self.config.train.seed)
+    key = jax.random.fold_in(seed, state.step)
+    grad = jax.grad(self._loss_sum, has_aux=True)
+
+    def micro(total, part):
+      index, batch = part
+      return jax.tree.map(jnp.add, total, grad(state.params, batch, jax.random.fold_in(key, index)))
+
+    indices = jnp.arange(batch["tokens"].shape[0])
+    parts = (indices, batch)
+    if len(indices) == 1:
+      gradients, sums = grad(state.params, jax.tree.map(lambda x: x[0], batch), key)
+    else:
+      first = jax.eval_shape(grad, state.params, jax.tree.map(lambda x: x[0], batch), key)
+      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+      (gradients, sums), _ = jax.lax.scan(lambda t, p: (micro(t, p), None), zeros, parts)
+    weight = jnp.maximum(sums["weight"], 1e-9)
+    gradients = jax.tree.map(lambda g: g / weight, gradients)
+    updates, opt_state = self.tx.update(gradients, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    rate = schedule(self.config.optim, self.config.train.steps, self.config.optim.learning_rate)
+    scalars = {
+      **summarize(sums, self.streams, self.config.loss),
+      "gradient_norm": optax.global_norm(gradients),
+      "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
+    }
+    return TrainState(state.step + 1, params, opt_state), scalars
+
+  def evaluate(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
+    """Returns the sums of one batch [B, ...] that `summarize` reads; they add up over batches."""
+    return self._loss_sum(params, batch, None)[1]
+
+  def cell_entropy(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Returns labels int32 and cross-entropies float32 in nats, both [B, R, S], of one batch."""
+    labels, _, _, entropy = self._cells(params, batch, None)
+    return labels, entropy
+
+  def _loss_sum(self, params, batch, key):
+    labels, weights, loss, entropy = self._cells(params, batch, key)
+    has_label, silent = labels >= 0, labels == self.streams.silence_id
+    over_cells = functools.partial(jnp.sum, axis=(0, 1), dtype=jnp.float32)
+    sums = {
+      "loss": loss,
+      "weight": weights.sum(),
+      "entropy": over_cells(entropy),  # [S], nats, every labelled cell counts one
+      "entropy_spoken": over_cells(jnp.where(silent, 0.0, entropy)),
+      "cells": over_cells(has_label),
+      "cells_spoken": over_cells(has_label & ~silent),
+    }
+    return loss, sums
+
+  def _cells(self, params, batch, key):
+    tokens, segments = batch["tokens"], batch["segments"]
+    labels, weights = self.streams.labels(
+      tokens, segments, batch["weights"], self.config.loss.silence_weight
+    )
+    model = self.model(params)
+    hidden = model(tokens, segments, dropout_key=key)
+    loss, entropy = cross_entropy(
+      Penalties.of(self.config.loss),
+      hidden.reshape(-1, hidden.shape[-1]),
+      model.output_matrix,
+      labels.reshape(-1),
+      weights.reshape(-1),
+    )
+    return labels, weights, loss, entropy.reshape(labels.shape)
+
+
+def summarize(sums: dict[str, jax.Array], streams: Streams, config: LossConfig) -> Scalars:
+  """Turns sums into means: `loss` as trained on, `loss/NAME` per labelled cell of a stream,
+  `spoken/NAME` per labelled cell that is no silence; in nats. Streams without such cells give 0.
+  """
+  mean = lambda total, count: total / jnp.maximum(count, 1)
+  scalars = {"loss": sums["loss"] / jnp.maximum(sums["weight"], 1e-9)}
+  for i, name in enumerate(streams.names):
+    scalars[f"loss/{name}"] = mean(sums["entropy"][i], sums["cells"][i])
+    scalars[f"spoken/{name}"] = mean(sums["entropy_spoken"][i], sums["cells_spoken"][i])
+  scalars["cells"] = sums["cells"].sum()
+  return scalars
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, Scalars]]

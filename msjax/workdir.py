@@ -1,0 +1,155 @@
+"""What lies in a run's work directory, and who may write there.
+
+    config.json  streams.json  tokenizer.json  checkpoints/  metrics.jsonl  report.json  .lock
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from absl import logging
+
+from msjax.config import Config
+from msjax.errors import InputError
+from msjax.streams import Streams
+from msjax.text import tokenizer as tokenizers
+from msjax.text.tokenizer import Tokenizer
+
+REPORT_VERSION = 1
+
+# Fields that make a run what it is: going on with another value would be another run.
+_IDENTITY = (
+  "model.",
+  "data.",
+  "streams",
+  "same_row",
+  "skip_silence",
+  "init_from",
+  "train.batch",
+  "train.seed",
+)
+# Fields that may change without a word: how computation is cut, where and how often it is told.
+_FREE = ("model.remat", "data.on_bad_record", "workdir")
+
+
+class WorkDir:
+  """Reads and writes the files of a run; checkpoints are Orbax's."""
+
+  def __init__(self, path: str | os.PathLike):
+    """Names a directory; nothing is touched yet."""
+    self.path = pathlib.Path(path).expanduser()
+
+  @property
+  def checkpoints(self) -> pathlib.Path:
+    """Where Orbax keeps its steps."""
+    return self.path / "checkpoints"
+
+  @property
+  def metrics(self) -> pathlib.Path:
+    """JSON lines of training and evaluation."""
+    return self.path / "metrics.jsonl"
+
+  @property
+  def baseline(self) -> "WorkDir":
+    """The work directory of the baseline run."""
+    return WorkDir(self.path / "baseline")
+
+  @contextlib.contextmanager
+  def lock(self) -> Iterator[None]:
+    """Holds the directory against other trainers; the system lets go when the process ends."""
+    self.path.mkdir(parents=True, exist_ok=True)
+    with open(self.path / ".lock", "a+") as file:
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError:
+        file.seek(0)
+        owner = file.read().strip() or "unknown"
+        raise InputError(
+          f"--workdir {self.path}: process {owner} is training there; wait for it or use another"
+        ) from None
+      file.truncate(0)
+      file.write(str(os.getpid()))
+      file.flush()
+      yield
+
+  def claim(self, config: Config, streams: Streams, tokenizer: Tokenizer) -> None:
+    """Writes what the run is, or checks that it is the run that already lies here."""
+    if (self.path / "config.json").exists():
+      self._check_same(config, streams, tokenizer)
+    tokenizer.save(self.path / "tokenizer.json")
+    write_json(self.path / "streams.json", streams.to_json())
+    write_json(self.path / "config.json", config.to_json())
+
+  def _check_same(self, config: Config, streams: Streams, tokenizer: Tokenizer) -> None:
+    before, now = (_flat(c.to_json()) for c in (self.config(), config))
+    for name in now:
+      was, value = before.get(name), _plain(now[name])
+      if was == value or name in _FREE:
+        continue
+      if name.startswith(_IDENTITY):
+        raise InputError(
+          f"--workdir {self.path}: holds a run with config.{name} = {was!r}, this one has {value!r}; "
+          "use another --workdir, or --config.init_from to start from its parameters"
+        )
+      logging.info("config.%s: %r until now, %r from here on", name, was, value)
+    if self.streams() != streams or self.tokenizer().to_json() != tokenizer.to_json():
+      raise InputError(
+        f"--workdir {self.path}: its streams.json or tokenizer.json is not this run's; the "
+        "training text or the tokenizer file has changed; use another --workdir"
+      )
+
+  def config(self) -> Config:
+    """Reads config.json."""
+    return Config.from_json(self._read("config.json"))
+
+  def streams(self) -> Streams:
+    """Reads streams.json."""
+    return Streams.from_json(self._read("streams.json"))
+
+  def tokenizer(self) -> Tokenizer:
+    """Reads tokenizer.json; its silence token is the one in streams.json."""
+    return tokenizers.load(self.path / "tokenizer.json", silence=self.streams().silence_id)
+
+  def report(self) -> dict[str, Any]:
+    """Reads report.json."""
+    return self._read("report.json")
+
+  def write_report(self, figures: dict[str, Any]) -> None:
+    """Writes report.json."""
+    write_json(self.path / "report.json", {"format_version": REPORT_VERSION, **figures})
+
+  def _read(self, name: str) -> dict[str, Any]:
+    path = self.path / name
+    try:
+      return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+      raise InputError(f"{path}: not found; is {self.path} the work directory of a run?") from None
+    except json.JSONDecodeError as error:
+      raise InputError(f"{path}:{error.lineno}: is no JSON: {error.msg}") from None
+
+
+def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
+  """Writes a JSON file whole or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+  os.replace(temporary, path)
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+  """Nested dicts -> dotted names."""
+  flat = {}
+  for name, value in data.items():
+    if isinstance(value, dict):
+      flat.update(_flat(value, f"{prefix}{name}."))
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _plain(value: Any) -> Any:
+  """A value as it comes back from JSON, lists as tuples."""
+  return tuple(value) if isinstance(value, (list, tuple)) else value

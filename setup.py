@@ -1,0 +1,36 @@
+"""Packaging of msjax."""
+
+import pathlib
+
+import setuptools
+
+CORE = [
+  "absl-py>=2.1",
+  "flax>=0.12.8",
+  "grain>=0.2.18",
+  "jax>=0.10.2",
+  "ml_collections>=1.1.0",
+  "numpy>=2.0",
+  "optax>=0.2.5",
+  "orbax-checkpoint>=0.12.8",
+  "rich>=13.0",
+  "tensorboardX>=2.6.2",
+  "tensorstore>=0.1.74",
+  "tokenizers>=0.21",
+]
+DEMO = ["chitchat-dataset>=0.9.0"]
+LINT = ["ruff>=0.8"]
+TEST = ["hypothesis>=6.100", "pytest>=8.0", "torch>=2.5", "transformers>=4.57", *LINT]
+
+setuptools.setup(
+  name="msjax",
+  version="0.1.0",
+  description="Train, run and ship multi-stream language models in JAX.",
+  long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=setuptools.find_packages(include=["msjax", "msjax.*"]),
+  install_requires=CORE,
+  extras_require={"demo": DEMO, "test": TEST},
+)
