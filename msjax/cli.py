@@ -1,10 +1,11 @@
 """What all commands share: flags are parsed, and what a user got wrong is one line and status 2."""
 
+import logging as std_logging
 import os
 import sys
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from msjax.errors import InputError, RunError, nearest
 
@@ -31,6 +32,7 @@ def run(
     sys.stdout.flush()
     return status
 
+  _log_plainly()
   try:
     if check is not None:
       check(sys.argv)
@@ -63,6 +65,16 @@ def _parse(argv: list[str]) -> list[str]:
   if words:
     raise InputError(f"{words[0]!r}: unexpected word; flags are written --name=value")
   return [program]
+
+
+def _log_plainly() -> None:
+  """Lines of a time and a message; of libraries only warnings."""
+  handler = logging.get_absl_handler()
+  handler.setFormatter(std_logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
+  ours = os.path.dirname(__file__)
+  handler.addFilter(
+    lambda record: record.levelno >= std_logging.WARNING or record.pathname.startswith(ours)
+  )
 
 
 def _complain(error: Exception) -> None:

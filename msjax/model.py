@@ -124,11 +124,12 @@ class Model:
     quiet = 0
     for index, (row,) in enumerate(decode(decoder, (schedule.row(r)[None] for r in range(limit)))):
       ids = [int(i) for i in row]
-      text = [t.push(i) for t, i in zip(texts, ids)]
-      yield Row(index, dict(zip(names, ids)), dict(zip(names, text)))
       read = index >= schedule.rows - 1
       quiet = quiet + 1 if read and all(ids[s] in hushed for s in written) else 0
-      if rows is None and quiet >= _QUIET_ROWS:
+      last = index == limit - 1 or (rows is None and quiet == _QUIET_ROWS)
+      text = [t.push(i) + (t.flush() if last else "") for t, i in zip(texts, ids)]
+      yield Row(index, dict(zip(names, ids)), dict(zip(names, text)))
+      if last:
         return
 
 

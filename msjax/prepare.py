@@ -4,6 +4,7 @@ python -m msjax.prepare --input=chats.jsonl --output=tables.jsonl --layout=wait_
 python -m msjax.prepare --input=chitchat --layout=timestamps --show=17
 """
 
+import itertools
 from collections.abc import Iterable, Iterator
 
 from absl import flags
@@ -75,7 +76,7 @@ def main(_: list[str]) -> None:
         if TO.value != "messages" or SHOW.value or CHECK.value:
           table = to_table(result, streams, tokenizer, layout)  # finds overlaps in spans, too
           census.add(table)
-          if SHOW.value in (record.id, str(record.where.line)):
+          if SHOW.value and SHOW.value in (record.id, str(record.where.line)):
             shown.append(table)
         yield result
 
@@ -124,15 +125,11 @@ def _records(bad: formats.BadRecords) -> Iterable[formats.Record]:
 
 def _write(records: Iterator[formats.Record], bad: formats.BadRecords) -> int:
   """Goes through all records, writes them if asked to, and returns their number, at least 1."""
-
-  def not_none() -> Iterator[formats.Record]:
-    count = 0
-    for count, record in enumerate(records, 1):  # noqa: B007
-      yield record
-    if not count:
-      raise InputError(f"{INPUT.value}: all {len(bad.messages)} records are bad; nothing is left")
-
-  return formats.write(OUTPUT.value, not_none()) if OUTPUT.value else sum(1 for _ in not_none())
+  first = next(records, None)
+  if first is None:
+    raise InputError(f"{INPUT.value}: all {len(bad.messages)} records are bad; nothing is left")
+  records = itertools.chain([first], records)
+  return formats.write(OUTPUT.value, records) if OUTPUT.value else sum(1 for _ in records)
 
 
 if __name__ == "__main__":

@@ -53,11 +53,11 @@ def scripts(draw):
 def tables(draw):
   streams = draw(record_streams())
   rows = draw(st.integers(1, 4))
-  grid = lambda cell: draw(
-    st.lists(
-      st.lists(cell, min_size=len(streams), max_size=len(streams)), min_size=rows, max_size=rows
-    )
-  )
+
+  def grid(cell):
+    row = st.lists(cell, min_size=len(streams), max_size=len(streams))
+    return draw(st.lists(row, min_size=rows, max_size=rows))
+
   tokens = np.array(grid(st.integers(-1, 2**31 - 1)), np.int32)
   weights = np.array(grid(st.floats(0, 1, width=32)), np.float32)
   return Table(tokens, weights, streams if draw(st.booleans()) else (), draw(st.none() | names))

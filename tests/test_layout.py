@@ -327,7 +327,7 @@ def test_levels_go_forward_and_stay():
 
 
 def test_levels_never_go_back():
-  with pytest.raises(InputError, match="tables.jsonl:7: table cannot be turned back into spans"):
+  with pytest.raises(InputError, match=r"tables.jsonl:7: table cannot be turned back into spans"):
     convert(table([[1, 2]]), "spans", streams(), BYTES, Layout())
-  with pytest.raises(InputError, match="level 'tables' is none of .* did you mean 'table'"):
+  with pytest.raises(InputError, match=r"level 'tables' is none of .* did you mean 'table'"):
     convert(table([[1, 2]]), "tables", streams(), BYTES, Layout())

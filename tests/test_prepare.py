@@ -87,6 +87,12 @@ def test_a_record_is_shown_checked_and_written_as_a_page(prepare, tmp_path):
   assert "&lt;" in page and '<td title="token 60, weight 1">&lt;</td>' in page
 
 
+def test_a_check_alone_prints_figures_alone(prepare):
+  done = prepare([SCRIPT, SCRIPT], "--input=in.jsonl", "--check")
+  assert printed(done)[0][:4] == ["2", "records,", "6", "rows,"]
+  assert len(printed(done)) == 4
+
+
 def test_a_record_is_found_by_its_id_and_placed_by_the_flags(prepare):
   flags = ("--layout=timestamps", "--rows_per_second=0.5", "--noend_token", "--streams=user:input,")
   done = prepare([CHAT], "--input=in.jsonl", "--show=greeting", flags[3] + "bot:output", *flags[:3])
@@ -170,6 +176,13 @@ def test_rows_are_printed_as_they_come_in_columns_that_never_move():
   assert out.getvalue().splitlines()[-1] == "    1  你…   z\\x1b[2J"
 
 
+def test_a_row_can_be_read_as_soon_as_it_is_made(tmp_path):
+  for mode in show.MODES:
+    with open(tmp_path / mode, "w") as file:
+      show.RowPrinter(["a"], file=file, mode=mode).row(0, ["x"], [1])
+      assert "x" in (tmp_path / mode).read_text()
+
+
 def test_json_lines_have_ids_and_text_as_it_is():
   out = io.StringIO()
   show.RowPrinter(["a", "b"], file=out, mode="jsonl").row(3, ["x\n", ""], np.array([7, HOLE]))
@@ -181,7 +194,7 @@ def test_json_lines_have_ids_and_text_as_it_is():
 
 
 def test_the_mode_is_one_of_three():
-  with pytest.raises(InputError, match="mode 'json' is none of rich, plain, jsonl; .* 'jsonl'"):
+  with pytest.raises(InputError, match=r"mode 'json' is none of rich, plain, jsonl; .* 'jsonl'"):
     show.RowPrinter(["a"], mode="json")
 
 

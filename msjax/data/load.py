@@ -46,7 +46,7 @@ def load(config: Config, made_before: pathlib.Path | None = None) -> Data:
     tokenizer = synthetic.tokenizer()
     streams = config.stream_set(tokenizer.silence_id)
     sources = [
-      synthetic.Arithmetic(split, streams, tokenizer, d.max_ops, d.chat, config.train.seed)
+      synthetic.Arithmetic(split, streams, tokenizer, d.max_ops, d.chat, d.rows, config.train.seed)
       for split in synthetic.SPLITS
     ]
   else:

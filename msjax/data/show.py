@@ -90,7 +90,7 @@ def printable(text: str) -> str:
 def _fit(text: str, width: int) -> str:
   """Fills up or cuts a text to `width` terminal cells; `…` marks a cut."""
   if cell_len(text) > width:
-    text = set_cell_size(text, width - 1) + "…"
+    text = set_cell_size(text, width - 1).rstrip() + "…"
   return set_cell_size(text, width)
 
 

@@ -66,9 +66,16 @@ class Arithmetic:
   """Random access to laid-out questions: `source[i]` is an `Example` of 2 to `max_ops` operations."""
 
   def __init__(
-    self, split: str, streams: Streams, tokens: Tokenizer, max_ops: int, chat: bool, seed: int
+    self,
+    split: str,
+    streams: Streams,
+    tokens: Tokenizer,
+    max_ops: int,
+    chat: bool,
+    rows: int,
+    seed: int,
   ):
-    """Takes streams of kinds (input, internal, output), or one stream of any kind for a chat."""
+    """Takes streams of kinds (input, internal, output), or one output stream for a chat."""
     needed = ("output",) if chat else ("input", "internal", "output")
     kinds = tuple(s.kind for s in streams.streams)
     if sorted(kinds) != sorted(needed):
@@ -76,8 +83,13 @@ class Arithmetic:
         f"streams: arithmetic{' as a chat' if chat else ''} needs one stream of each kind "
         f"{', '.join(needed)}; found {', '.join(map(str, streams.streams))}"
       )
+    longest = 2 * max_ops + 4 if chat else max_ops + 2 + streams.lag
+    if rows < longest:
+      raise InputError(
+        f"config.data.rows: {rows}; arithmetic with {max_ops} operations takes {longest}"
+      )
     self.split, self.streams, self.tokens = split, streams, tokens
-    self.max_ops, self.chat, self.seed = max_ops, chat, seed
+    self.max_ops, self.chat, self.rows, self.seed = max_ops, chat, rows, seed
     self.ids = {w: tokens.encode(w)[0] for w in (*OPERATIONS, *"0123456789=")}
 
   def __len__(self) -> int:
@@ -93,7 +105,10 @@ class Arithmetic:
     return f"arithmetic/{self.split}:{index}"
 
   def lay_out(self, q: Question) -> Example:
-    """Puts question, thoughts and answer into a grid, as early as the rule lets them be known."""
+    """Puts question, thoughts and answer into a grid, as early as the rule lets them be known.
+
+    The rows after the answer are silence in every stream: who has answered waits.
+    """
     heard = [self.ids[w] for w in q.words]
     thoughts = [self.ids[str(s)] for s in q.states]
     if self.chat:
@@ -102,10 +117,9 @@ class Arithmetic:
       weights[: len(heard)] = 0
       return Example(np.array(cells, np.int32)[:, None], weights)
     lag = self.streams.lag
-    rows = len(heard) + lag
-    tokens = np.full((rows, 3), self.tokens.silence_id, np.int32)
+    tokens = np.full((self.rows, 3), self.tokens.silence_id, np.int32)
     user, think, output = (self.streams.of_kind(k)[0] for k in ("input", "internal", "output"))
     tokens[: len(heard), user] = heard
     tokens[lag : lag + len(thoughts), think] = thoughts
-    tokens[rows - 1, output] = thoughts[-1]
+    tokens[len(heard) - 1 + lag, output] = thoughts[-1]
     return Example(tokens, np.ones(tokens.shape, np.float32))

@@ -277,8 +277,9 @@ class HfTokenizer(Tokenizer):
       self._check_known(text, encoding)
     if self.special_ids.isdisjoint(ids):
       return ids
+    around = [part for id in ids for part in (self._spell(id) if id in self.special_ids else [id])]
     self._count_collisions(ids.count(self.silence_id))
-    return [part for id in ids for part in (self._spell(id) if id in self.special_ids else [id])]
+    return around
 
   def _check_known(self, text: str, encoding: tokenizers.Encoding) -> None:
     """InputError for text that became the unknown token; somebody may well type its name."""

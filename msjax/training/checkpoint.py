@@ -106,6 +106,7 @@ class Checkpoints:
       abstract: `jax.ShapeDtypeStruct`s of the state.
       data: a fresh iterator over the same data.
     """
+    abstract = _placed(abstract)
     restored = self._checkpointer.load_checkpointables(
       None,
       {
@@ -134,9 +135,16 @@ def load_params(directory: pathlib.Path, abstract: Params | None, step: int | No
   path = (directory / str(steps[-1] if step is None else step)).absolute()
   logging.info("reading parameters from %s", path)
   if abstract is None:
-    saved = ocp.checkpointables_metadata(path).metadata["params"]
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
-  return ocp.load_checkpointables(path, {"params": abstract})["params"]
+    abstract = ocp.checkpointables_metadata(path).metadata["params"]
+  return ocp.load_checkpointables(path, {"params": _placed(abstract)})["params"]
+
+
+def _placed(abstract: Any) -> Any:
+  """Says where each array is to lie: on the default device."""
+  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
+  )
 
 
 def _steps(directory: pathlib.Path) -> list[int]:
