@@ -71,7 +71,8 @@ class DataConfig:
   end_token: bool = True  # whether <end> follows each message
   on_bad_record: str = "stop"  # or skip: count, list and go on
   only_one_stream: bool = False  # show each stream alone, the others as holes (a baseline)
-  max_ops: int = 10  # arithmetic: operations in a question, at most
+  min_ops: int = 2  # arithmetic: operations in a question, at least
+  max_ops: int = 10  # and at most
   chat: bool = False  # arithmetic: lay question, thoughts and answer one after another
 
 
@@ -140,7 +141,7 @@ class Config:
     """Checks every constraint between and within fields; names field, value and what is allowed."""
     m, d, o, t = self.model, self.data, self.optim, self.train
     _positive(m, "model", "dim layers heads kv_heads head_dim mlp_dim rope_theta norm_eps")
-    _positive(d, "data", "rows rows_per_second max_pause max_ops")
+    _positive(d, "data", "rows rows_per_second max_pause min_ops max_ops")
     _positive(o, "optim", "learning_rate eps")
     _positive(t, "train", "steps batch micro_batches log_every save_every keep read_threads")
     _not_negative(d, "data", "wait_k")
@@ -182,9 +183,14 @@ class Config:
       o.warmup_steps + o.cooldown_steps,
       f"at most train.steps ({t.steps})",
     )
+    _check(d.min_ops <= d.max_ops, "data.min_ops", d.min_ops, f"at most data.max_ops ({d.max_ops})")
     _check(
-      d.source != "jsonl" or bool(d.train), "data.train", d.train, "a JSONL file to train on"
+      d.source != "arithmetic" or t.eval_batches > 0,
+      "train.eval_batches",
+      t.eval_batches,
+      "at least 1, for arithmetic never runs out of held-out questions",
     )
+    _check(d.source != "jsonl" or bool(d.train), "data.train", d.train, "a JSONL file to train on")
     self.stream_set(silence_id=0)
 
   def stream_set(self, silence_id: int) -> Streams:
@@ -214,9 +220,7 @@ class Config:
     data = json.loads(json.dumps(data))
     version = data.pop("format_version", None)
     if version != FORMAT_VERSION:
-      raise InputError(
-        f"config.json: format_version {version}, this msjax reads {FORMAT_VERSION}"
-      )
+      raise InputError(f"config.json: format_version {version}, this msjax reads {FORMAT_VERSION}")
     return _build(cls, data, "config")
 
 

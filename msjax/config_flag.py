@@ -47,7 +47,9 @@ def check(argv: list[str]) -> None:
     name, given, value = word.partition("=")
     value = value if given else following
     if name == "--config" and not os.path.isfile(value.partition(":")[0]):
-      raise InputError(f"--config: {value!r} is no file; expected one such as configs/quickstart.py")
+      raise InputError(
+        f"--config: {value!r} is no file; expected one such as configs/quickstart.py"
+      )
     if name.startswith(_PREFIX):
       _check_field(name.removeprefix(_PREFIX), value)
 

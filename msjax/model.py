@@ -41,9 +41,7 @@ class Row(NamedTuple):
 class Model:
   """Parameters with everything needed to use them; see `msjax.load`."""
 
-  def __init__(
-    self, config: Config, streams: Streams, tokenizer: Tokenizer, params: Params
-  ):
+  def __init__(self, config: Config, streams: Streams, tokenizer: Tokenizer, params: Params):
     """Takes a run's static parts and its parameters."""
     self.config, self.streams, self.tokenizer = config, streams, tokenizer
     learner = Learner(config, streams, tokenizer.vocab_size)
@@ -104,9 +102,7 @@ class Model:
     for row, stream, text in itertools.chain(((0, s, t) for s, t in inputs.items()), at):
       schedule.put(row, stream, self._said(text))
     if rows is not None and schedule.rows > rows:
-      raise InputError(
-        f"rows: {rows} end before the given text, which takes {schedule.rows} rows"
-      )
+      raise InputError(f"rows: {rows} end before the given text, which takes {schedule.rows} rows")
     return self._rows(schedule, rows, temperature, seed)
 
   def _said(self, text: str) -> list[int]:

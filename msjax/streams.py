@@ -40,19 +40,22 @@ class Stream:
 
   @classmethod
   def parse(cls, spec: str) -> "Stream":
-    """Reads `name:kind` or `name:kind:weight`, as in `user:input` or `user:input:0.5`."""
-    parts = spec.split(":")
-    if len(parts) not in (2, 3) or not parts[0]:
+    """Reads `name:kind` or `name:kind:weight`, as in `user:input`; a name may hold colons."""
+    name, _, kind = spec.rpartition(":")
+    weight = None
+    if kind not in KINDS and name.rpartition(":")[2] in KINDS:
+      weight = kind
+      name, _, kind = name.rpartition(":")
+    if not name:
       raise InputError(f"stream {spec!r}: expected name:kind or name:kind:weight, as in user:input")
-    name, kind = parts[:2]
     if kind not in KINDS:
       raise InputError(
         f"stream {spec!r}: kind {kind!r} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}"
       )
     try:
-      weight = float(parts[2]) if len(parts) == 3 else float(kind != "input")
+      weight = float(kind != "input") if weight is None else float(weight)
     except ValueError:
-      raise InputError(f"stream {spec!r}: weight {parts[2]!r} is no number") from None
+      raise InputError(f"stream {spec!r}: weight {weight!r} is no number") from None
     if not 0 <= weight < float("inf"):
       raise InputError(f"stream {spec!r}: weight {weight} must be finite and not negative")
     return cls(name, kind, weight)

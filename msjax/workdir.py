@@ -1,6 +1,6 @@
 """What lies in a run's work directory, and who may write there.
 
-    config.json  streams.json  tokenizer.json  checkpoints/  metrics.jsonl  report.json  .lock
+config.json  streams.json  tokenizer.json  checkpoints/  metrics.jsonl  report.json  .lock
 """
 
 import contextlib

@@ -90,6 +90,7 @@ def test_help_shows_the_commands_flags(command):
 def test_a_reader_that_goes_away_is_no_error(tmp_path, command):
   process = subprocess.Popen(
     [sys.executable, tmp_path / "double.py", "--number=17"],
+    env={**os.environ, "PYTHONUNBUFFERED": ""},
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,

@@ -45,8 +45,9 @@ def load(config: Config, made_before: pathlib.Path | None = None) -> Data:
   if d.source == "arithmetic":
     tokenizer = synthetic.tokenizer()
     streams = config.stream_set(tokenizer.silence_id)
+    ops, seed = (d.min_ops, d.max_ops), config.train.seed
     sources = [
-      synthetic.Arithmetic(split, streams, tokenizer, d.max_ops, d.chat, d.rows, config.train.seed)
+      synthetic.Arithmetic(split, streams, tokenizer, ops, d.chat, d.rows, seed)
       for split in synthetic.SPLITS
     ]
   else:

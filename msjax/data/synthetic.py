@@ -63,19 +63,20 @@ def question(split: str, seed: int, index: int, min_ops: int, max_ops: int) -> Q
 
 
 class Arithmetic:
-  """Random access to laid-out questions: `source[i]` is an `Example` of 2 to `max_ops` operations."""
+  """Random access to laid-out questions: `source[i]` is an `Example`."""
 
   def __init__(
     self,
     split: str,
     streams: Streams,
     tokens: Tokenizer,
-    max_ops: int,
+    ops: tuple[int, int],
     chat: bool,
     rows: int,
     seed: int,
   ):
-    """Takes streams of kinds (input, internal, output), or one output stream for a chat."""
+    """Takes streams of kinds (input, internal, output), or one output stream for a chat;
+    questions have `ops[0]` to `ops[1]` operations and examples at most `rows` rows."""
     needed = ("output",) if chat else ("input", "internal", "output")
     kinds = tuple(s.kind for s in streams.streams)
     if sorted(kinds) != sorted(needed):
@@ -83,13 +84,13 @@ class Arithmetic:
         f"streams: arithmetic{' as a chat' if chat else ''} needs one stream of each kind "
         f"{', '.join(needed)}; found {', '.join(map(str, streams.streams))}"
       )
-    longest = 2 * max_ops + 4 if chat else max_ops + 2 + streams.lag
+    longest = 2 * ops[1] + 4 if chat else ops[1] + 2 + streams.lag
     if rows < longest:
       raise InputError(
-        f"config.data.rows: {rows}; arithmetic with {max_ops} operations takes {longest}"
+        f"config.data.rows: {rows}; arithmetic with {ops[1]} operations takes {longest}"
       )
     self.split, self.streams, self.tokens = split, streams, tokens
-    self.max_ops, self.chat, self.rows, self.seed = max_ops, chat, rows, seed
+    self.ops, self.chat, self.rows, self.seed = ops, chat, rows, seed
     self.ids = {w: tokens.encode(w)[0] for w in (*OPERATIONS, *"0123456789=")}
 
   def __len__(self) -> int:
@@ -98,7 +99,7 @@ class Arithmetic:
 
   def __getitem__(self, index: int) -> Example:
     """Returns the example at an index."""
-    return self.lay_out(question(self.split, self.seed, int(index), 2, self.max_ops))
+    return self.lay_out(question(self.split, self.seed, int(index), *self.ops))
 
   def record_id(self, index: int) -> str:
     """Names an example for messages."""

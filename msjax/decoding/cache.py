@@ -108,5 +108,3 @@ def _attend_cache(k_cache, v_cache, i, at, visibility, q, k, v):
   v_cache[i] = put(v_cache[i], jnp.swapaxes(v, 1, 2).astype(v_cache[i].dtype), at)
   out = xla.attention(jnp.swapaxes(q, 1, 2), k_cache[i], v_cache[i], visibility)
   return jnp.swapaxes(out, 1, 2)
-
-

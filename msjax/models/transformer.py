@@ -60,7 +60,11 @@ class Attention(nnx.Module):
   def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
     project = lambda w, b: _plus(jnp.einsum("bld,dnh->blnh", x, w[...].astype(x.dtype)), b)
-    q, k, v = project(self.q, self.q_bias), project(self.k, self.k_bias), project(self.v, self.v_bias)
+    q, k, v = (
+      project(self.q, self.q_bias),
+      project(self.k, self.k_bias),
+      project(self.v, self.v_bias),
+    )
     if self.q_norm is not None:
       q = rms_norm(q, self.q_norm[...], self.eps)
       k = rms_norm(k, self.k_norm[...], self.eps)

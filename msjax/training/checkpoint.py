@@ -119,7 +119,9 @@ class Checkpoints:
     return TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
 
 
-def load_params(directory: pathlib.Path, abstract: Params | None, step: int | None = None) -> Params:
+def load_params(
+  directory: pathlib.Path, abstract: Params | None, step: int | None = None
+) -> Params:
   """Reads the parameters alone of a checkpoint, the latest unless `step` says otherwise.
 
   Args:
@@ -142,9 +144,7 @@ def load_params(directory: pathlib.Path, abstract: Params | None, step: int | No
 def _placed(abstract: Any) -> Any:
   """Says where each array is to lie: on the default device."""
   sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract
-  )
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
 
 
 def _steps(directory: pathlib.Path) -> list[int]:

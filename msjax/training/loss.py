@@ -52,6 +52,7 @@ def cross_entropy(
   Returns:
     The weighted sum, float32 []; the cross-entropy, float32 [T], 0 where there is no label.
   """
+
   def chunk(_, cells):
     loss, entropy, _ = _chunk_loss(penalties, matrix, *cells)
     return None, (loss, entropy)
