@@ -7,11 +7,7 @@ greedy, every stream sampled, the host seeing each row before it is fed. Both si
 to compute the same; then they are timed in turn, so that a busy machine slows both.
 """
 
-import json
 import os
-import statistics
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +16,10 @@ import torch
 import transformers
 from absl import flags
 from hf_weights import STREAM_EMBEDDING, params_from_hf
-from rich.console import Console
-from rich.table import Table
 
-from msjax import cli
 from msjax.config import Config, ModelConfig, OptimConfig
 from msjax.decoding.generate import FREE, Decoder, decode
-from msjax.errors import InputError, RunError
+from msjax.errors import InputError
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.state import Learner, TrainState
 

@@ -17,10 +17,10 @@ def get_config():
   return Config(
     workdir="runs/chitchat",
     streams=("user:input:1", "output:output:1"),
-    model=ModelConfig(dim=192, layers=4, heads=4, kv_heads=2, head_dim=48, mlp_dim=512),
+    model=ModelConfig(dim=128, layers=3, heads=4, kv_heads=2, head_dim=32, mlp_dim=384),
     data=DataConfig(
       source="chitchat",
-      tokenizer="bpe:4096",
+      tokenizer="bpe:2048",
       rows=256,
       pack=True,
       layout="timestamps",
@@ -28,14 +28,14 @@ def get_config():
       max_pause=4.0,
     ),
     optim=OptimConfig(
-      learning_rate=2e-3,
+      learning_rate=3e-3,
       schedule="cosine",
       warmup_steps=100,
       final_fraction=0.1,
       weight_decay=0.1,
     ),
     train=TrainConfig(
-      steps=2000, batch=8, eval_every=500, eval_batches=40, save_every=500, log_every=50
+      steps=1500, batch=8, eval_every=500, eval_batches=40, save_every=250, log_every=50
     ),
     report="likelihood",
     baseline={"data.only_one_stream": True, "train.batch": 16},

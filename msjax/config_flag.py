@@ -1,4 +1,4 @@
-"""The `--config=FILE --config.a.b=value` flag of a command, and plain words about what is wrong with it."""
+"""The flag `--config=FILE --config.FIELD=VALUE`, and plain words about what is wrong with it."""
 
 import dataclasses
 import os

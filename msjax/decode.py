@@ -1,4 +1,4 @@
-"""Lets a trained run read and write, row by row: `python -m msjax.decode --workdir=DIR --user=TEXT`.
+"""Lets a trained run read and write: `python -m msjax.decode --workdir=DIR --user=TEXT`.
 
 The text goes into the stream `user`, one token a row, and every row is printed as it is made.
 `--at=ROW:STREAM:TEXT` puts text into any input stream from a row on: a word in edgeways.

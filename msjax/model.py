@@ -65,7 +65,7 @@ class Model:
         f"tokens: {tokens.dtype} of shape {tokens.shape}; expected integers [B, R, {S}], "
         f"streams {', '.join(self.streams.names)}"
       )
-    if tokens.size and not (HOLE <= tokens.min() and tokens.max() < V):
+    if tokens.size and not (tokens.min() >= HOLE and tokens.max() < V):
       raise InputError(
         f"tokens: ids from {tokens.min()} to {tokens.max()}; expected -1 (hole) to {V - 1}"
       )
@@ -79,7 +79,7 @@ class Model:
 
   def generate(
     self,
-    inputs: Mapping[str, str] = {},  # noqa: B006 - never written to
+    inputs: Mapping[str, str] = {},
     at: Iterable[tuple[int, str, str]] = (),
     rows: int | None = None,
     temperature: float = 0.0,

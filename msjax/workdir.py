@@ -92,8 +92,8 @@ class WorkDir:
         continue
       if name.startswith(_IDENTITY):
         raise InputError(
-          f"--workdir {self.path}: holds a run with config.{name} = {was!r}, this one has {value!r}; "
-          "use another --workdir, or --config.init_from to start from its parameters"
+          f"--workdir {self.path}: holds a run with config.{name} = {was!r}, this one has "
+          f"{value!r}; use another --workdir, or --config.init_from to start from its parameters"
         )
       logging.info("config.%s: %r until now, %r from here on", name, was, value)
     if self.streams() != streams or self.tokenizer().to_json() != tokenizer.to_json():

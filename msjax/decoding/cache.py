@@ -9,7 +9,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from msjax.kernels import xla
 from msjax.models.transformer import Block, Transformer
@@ -57,10 +56,10 @@ class Cache:
 
 def unstack(model: Transformer) -> tuple[Transformer, Layers]:
   """Cuts a model, once and for all rows, into the parts around the layers and the layers."""
-  layers = tuple(jax.tree.map(lambda p: p[i], model.layers) for i in range(model.cfg.layers))
+  layer = lambda i: jax.tree.map(lambda stacked: stacked[i], model.layers)
   trunk = jax.tree.map(lambda p: p, model)
   del trunk.layers
-  return trunk, layers
+  return trunk, tuple(layer(i) for i in range(model.cfg.layers))
 
 
 def feed_row(

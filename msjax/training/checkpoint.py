@@ -1,4 +1,4 @@
-"""Orbax checkpoints of a run: parameters, optimizer and data position apart, written behind its back.
+"""Orbax checkpoints: parameters, optimizer and data position apart, written in the background.
 
 A checkpoint appears under its step number only when it is whole (Orbax writes to a temporary name
 and renames), so whatever kills a run, the last one that stands is good.

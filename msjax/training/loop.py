@@ -155,7 +155,7 @@ def _start(learner: Learner, checkpoints: Checkpoints, batches) -> TrainState:
 
 
 def _taken_over(learner: Learner, fresh: Params, other: WorkDir) -> Params:
-  """Returns another run's parameters; streams are matched by name, new ones keep fresh embeddings."""
+  """Returns another run's parameters; streams go by name, new ones keep fresh embeddings."""
   tokenizer, streams = other.tokenizer(), other.streams()
   if tokenizer.vocab_size != learner.vocab_size:
     raise InputError(

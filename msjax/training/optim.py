@@ -32,7 +32,7 @@ def schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
-  """AdamW after clipping by the global norm; stream embeddings have a learning rate of their own."""
+  """AdamW after clipping by the global norm; stream embeddings have their own learning rate."""
   rates = {
     "backbone": config.learning_rate,
     "stream_embedding": config.stream_learning_rate or config.learning_rate,
