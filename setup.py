@@ -20,7 +20,7 @@ CORE = [
 ]
 DEMO = ["chitchat-dataset>=0.9.0"]
 LINT = ["ruff>=0.8"]
-TEST = ["hypothesis>=6.100", "pytest>=8.0", "torch>=2.5", "transformers>=4.57", *LINT]
+TEST = ["hypothesis>=6.100", "pytest>=8.0", "torch==2.13.0", "transformers>=4.57", *LINT]
 
 setuptools.setup(
   name="msjax",

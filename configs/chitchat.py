@@ -1,6 +1,6 @@
 """Two people chatting, as two streams that talk over each other: 4,018 real chats.
 
-Every message ends in the row of the second it was sent; pauses are cut to 4 seconds. The model
+Every message ends in the row of the second it was sent; two rows a second, pauses are cut to 8 seconds. The model
 learns both sides, and reads one of them when it decodes.
 
   machine   2 CPU cores
@@ -17,15 +17,15 @@ def get_config():
   return Config(
     workdir="runs/chitchat",
     streams=("user:input:1", "output:output:1"),
-    model=ModelConfig(dim=128, layers=3, heads=4, kv_heads=2, head_dim=32, mlp_dim=384),
+    model=ModelConfig(dim=128, layers=3, heads=2, kv_heads=2, head_dim=64, mlp_dim=384),
     data=DataConfig(
       source="chitchat",
       tokenizer="bpe:2048",
       rows=256,
       pack=True,
       layout="timestamps",
-      rows_per_second=1.0,
-      max_pause=4.0,
+      rows_per_second=2.0,
+      max_pause=8.0,
     ),
     optim=OptimConfig(
       learning_rate=3e-3,
@@ -35,7 +35,7 @@ def get_config():
       weight_decay=0.1,
     ),
     train=TrainConfig(
-      steps=1500, batch=8, eval_every=500, eval_batches=40, save_every=250, log_every=50
+      steps=1000, batch=8, eval_every=500, eval_batches=40, save_every=250, log_every=50
     ),
     report="likelihood",
     baseline={"data.only_one_stream": True, "train.batch": 16},

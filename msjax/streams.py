@@ -62,7 +62,7 @@ class Stream:
 
   def __str__(self) -> str:
     """Returns the `name:kind:weight` that `parse` reads."""
-    return f"{self.name}:{self.kind}:{self.weight:g}"
+    return f"{self.name}:{self.kind}:{self.weight}"
 
 
 class Visibility(NamedTuple):

@@ -17,6 +17,12 @@ _CONFIG = config_flag.define()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "directory of the run; by default the config's, if it has one"
 )
+_ON_BAD_RECORD = flags.DEFINE_enum(
+  "on_bad_record",
+  None,
+  ["stop", "skip"],
+  "what a wrong record of a data file does: stop with its line, or skip it, counted and listed",
+)
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved config and end")
 
 
@@ -24,6 +30,7 @@ def main(_) -> None:
   """Trains, then trains the baseline if the config has one, then reports."""
   config = config_flag.resolve(_CONFIG)
   config.workdir = _WORKDIR.value or config.workdir
+  config.data.on_bad_record = _ON_BAD_RECORD.value or config.data.on_bad_record
   if _PRINT_CONFIG.value:
     print(json.dumps(config.to_json(), indent=2))
     return

@@ -20,7 +20,7 @@ def conversations() -> list[Conversation]:
   """Returns the conversations that have two senders, in the order of the package."""
   raw = _raw()
   found, messages, blank = [], 0, 0
-  for number, (name, conversation) in enumerate(raw.items(), 1):
+  for name, conversation in raw.items():
     said = list(itertools.chain.from_iterable(conversation["messages"]))
     senders = list(dict.fromkeys(m["sender"] for m in said))
     if len(senders) != 2:
@@ -31,7 +31,7 @@ def conversations() -> list[Conversation]:
       Conversation(
         tuple(_message(m, first_sender=senders[0]) for m in with_text),
         id=name,
-        where=Where("chitchat-dataset", number),
+        where=Where("chitchat-dataset", len(found) + 1),
       )
     )
   logging.info(

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 
 from msjax.streams import Visibility
 
-QUERY_BLOCK = 256
-KEY_BLOCK = 256
+QUERY_BLOCK = 128
+KEY_BLOCK = 128
 _NEVER = -1e30  # a finite stand-in for -inf: exp(x - _NEVER) is masked, never NaN
 
 

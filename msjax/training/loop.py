@@ -71,6 +71,8 @@ def train(config: Config, workdir: WorkDir) -> Trained:
       pack=config.data.pack,
       seed=t.seed,
       threads=t.read_threads,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
     with Checkpoints(workdir.checkpoints, t.keep) as checkpoints, _stop_signals() as stop:
       state = _start(learner, checkpoints, batches)

@@ -1,0 +1,218 @@
+"""Blocked attention against dense attention in float64, forward, backward and under dropout."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msjax.kernels import xla
+from msjax.kernels.xla import Dropout, attention
+from msjax.streams import Stream, Streams, Visibility
+
+HEAD, RATE = 8, 0.3
+
+
+def random_visibility(rng, B, L, M):
+  """Any intervals and any keys of their own: more than the rule of streams ever asks for."""
+  start = rng.integers(0, M, (B, L))
+  return Visibility(
+    start=start.astype(np.int32),
+    end=np.minimum(start + rng.integers(0, M, (B, L)), M).astype(np.int32),
+    itself=rng.integers(0, M, (B, L)).astype(np.int32),
+    key_ok=rng.random((B, M)) < 0.7,
+  )
+
+
+def random_case(N, K, L, M, seed=0):
+  """q, k, v, a cotangent and who sees whom."""
+  rng = np.random.default_rng(seed)
+  B = 2
+  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  q, k, v = normal(B, N, L, HEAD), normal(B, K, M, HEAD), normal(B, K, M, HEAD)
+  return (q, k, v), normal(B, N, L, HEAD), random_visibility(rng, B, L, M)
+
+
+def dense(q, k, v, visibility, d_out, kept=1.0):
+  """Softmax attention and its gradients in float64, as a textbook has them.
+
+  `kept` [B, N, L, M] are the factors by which dropout multiplies probabilities.
+  """
+  q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
+  group = q.shape[1] // k.shape[1]
+  k, v = (np.repeat(x, group, axis=1) for x in (k, v))
+  see = np.asarray(visibility.dense())[:, None]
+  scale = 1 / np.sqrt(q.shape[-1])
+  scores = np.where(see, np.einsum("bnqh,bnkh->bnqk", q, k) * scale, -np.inf)
+  p = np.exp(scores - scores.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  out = np.einsum("bnqk,bnkh->bnqh", p * kept, v)
+  d_p = np.einsum("bnqh,bnkh->bnqk", d_out, v) * kept
+  d_s = p * (d_p - (d_p * p).sum(-1, keepdims=True)) * scale
+  over_group = lambda x: x.reshape(x.shape[0], -1, group, *x.shape[2:]).sum(2)
+  d_q = np.einsum("bnqk,bnkh->bnqh", d_s, k)
+  d_k = over_group(np.einsum("bnqk,bnqh->bnkh", d_s, q))
+  d_v = over_group(np.einsum("bnqk,bnqh->bnkh", p * kept, d_out))
+  return out, d_q, d_k, d_v
+
+
+def blocked(q, k, v, visibility, d_out, dropout_key=None):
+  """The same of the kernel."""
+
+  @jax.jit
+  def both(q, k, v, key):
+    out, pull = jax.vjp(lambda *x: attention(*x, visibility, dropout(key)), q, k, v)
+    return out, *pull(d_out.astype(out.dtype))
+
+  return both(q, k, v, dropout_key)
+
+
+def dropout(key):
+  return None if key is None else Dropout(RATE, key)
+
+
+@pytest.fixture
+def blocks(monkeypatch):
+  """Sets the block sizes."""
+
+  def of(queries, keys):
+    monkeypatch.setattr(xla, "QUERY_BLOCK", queries)
+    monkeypatch.setattr(xla, "KEY_BLOCK", keys)
+
+  return of
+
+
+@pytest.mark.parametrize(
+  ("heads", "length", "keys", "sizes"),
+  [
+    pytest.param((2, 2), 16, 16, (256, 256), id="one block"),
+    pytest.param((4, 2), 24, 24, (8, 6), id="blocks that divide"),
+    pytest.param((4, 1), 23, 23, (8, 5), id="blocks that do not divide"),
+    pytest.param((6, 2), 3, 29, (256, 8), id="a row against a cache"),
+    pytest.param((2, 1), 29, 5, (4, 256), id="more queries than keys"),
+    pytest.param((1, 1), 1, 1, (8, 8), id="one cell"),
+  ],
+)
+def test_is_dense_attention(blocks, heads, length, keys, sizes):
+  blocks(*sizes)
+  arrays, d_out, visibility = random_case(*heads, length, keys)
+  ours = blocked(*arrays, visibility, d_out)
+  theirs = dense(*arrays, visibility, d_out)
+  for name, a, b in zip(("out", "d_q", "d_k", "d_v"), ours, theirs):
+    assert a.dtype == jnp.float32
+    np.testing.assert_allclose(a, b, atol=2e-5, rtol=0, err_msg=name)
+
+
+def test_is_stable_for_large_scores(blocks):
+  blocks(8, 8)
+  (q, k, v), d_out, visibility = random_case(2, 2, 24, 24)
+  q = 300 * q  # scores in the hundreds: exp of them would overflow
+  ours = blocked(q, k, v, visibility, d_out)
+  for a, b in zip(ours, dense(q, k, v, visibility, d_out)):
+    np.testing.assert_allclose(a, b, atol=1e-3 * np.abs(b).max(), rtol=0)
+
+
+def test_bfloat16_stays_near_float32(blocks):
+  blocks(8, 8)
+  arrays, d_out, visibility = random_case(4, 2, 20, 20)
+  half = [x.astype(jnp.bfloat16) for x in map(jnp.asarray, arrays)]
+  ours = blocked(*half, visibility, jnp.asarray(d_out))
+  for a, b in zip(ours, dense(*half, visibility, d_out)):
+    assert a.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(a, np.float32), b, atol=0.04 * np.abs(b).max(), rtol=0)
+
+
+def test_what_nobody_sees_is_not_read(blocks):
+  """Blocks of the future, of other segments and of an empty cache cost no products: 0 x NaN would
+  show."""
+  blocks(8, 8)
+  (q, k, v), d_out, _ = random_case(2, 2, 16, 48)
+  row = np.arange(16) // 8
+  starts = np.where(row == 0, 8, 24)
+  visibility = Visibility(*(np.tile(x, (2, 1)) for x in (starts, starts + 8, starts + 3)), None)
+  visibility = visibility._replace(key_ok=np.ones((2, 48), bool))
+  seen = np.zeros(48, bool)
+  seen[8:16] = seen[24:32] = True
+  k, v = (np.where(seen[:, None], x, np.nan) for x in (k, v))
+  out, d_q, d_k, d_v = blocked(q, k, v, visibility, d_out)
+  assert np.isfinite(out).all()
+  assert np.isfinite(d_q).all()
+  assert not np.any(d_k[:, :, ~seen])
+  assert not np.any(d_v[:, :, ~seen])
+
+
+# Dropout.
+
+
+def kept_factors(heads, length, visibility, key):
+  """What dropout multiplies each probability with, [B, N, L, M], made visible.
+
+  With q = 0 all that is seen weighs the same, and with v the unit matrix weights come out.
+  """
+  N, K = heads
+  M = visibility.key_ok.shape[1]
+  q = np.zeros((2, N, length, M), np.float32)
+  v = np.tile(np.eye(M, dtype=np.float32), (2, K, 1, 1))
+  run = jax.jit(lambda q, k, v, key: attention(q, k, v, visibility, Dropout(RATE, key)))
+  out = run(q, np.zeros_like(v), v, key)
+  return np.asarray(out) * np.asarray(visibility.dense()).sum(-1)[:, None, :, None]
+
+
+@pytest.mark.parametrize("sizes", [(256, 256), (8, 12)], ids=["one block", "several blocks"])
+def test_dropout_is_differentiated_as_it_was_applied(blocks, sizes):
+  blocks(*sizes)
+  heads, L = (4, 2), 32
+  arrays, d_out, visibility = random_case(*heads, L, L)
+  key = jax.random.key(7)
+  kept = kept_factors(heads, L, visibility, key)
+  ours = blocked(*arrays, visibility, d_out, key)
+  for name, a, b in zip(
+    ("out", "d_q", "d_k", "d_v"), ours, dense(*arrays, visibility, d_out, kept)
+  ):
+    np.testing.assert_allclose(a, b, atol=3e-5, rtol=0, err_msg=name)
+
+
+def test_dropout_keeps_the_expected_value(blocks):
+  blocks(16, 16)
+  L = 48
+  everything = np.zeros((2, L), np.int32), np.full((2, L), L, np.int32)
+  visibility = Visibility(*everything, everything[0], np.ones((2, L), bool))
+  kept = kept_factors((2, 1), L, visibility, jax.random.key(0))
+  np.testing.assert_allclose(np.unique(kept.round(4)), [0, round(1 / (1 - RATE), 4)])
+  # 9,216 draws: their mean is 1 with a standard deviation of 0.007
+  assert abs(kept.mean() - 1) < 0.03
+  blocks_of = kept.reshape(2, 2, 3, 16, 3, 16).transpose(0, 1, 2, 4, 3, 5).reshape(-1, 256)
+  assert len(np.unique(blocks_of, axis=0)) == 36  # sessions, heads and blocks draw apart
+
+
+def test_dropout_depends_on_the_key_alone(blocks):
+  blocks(8, 8)
+  (q, k, v), _, visibility = random_case(2, 2, 24, 24)
+  run = jax.jit(lambda key: attention(q, k, v, visibility, Dropout(RATE, key)))
+  first, again, other = (np.asarray(run(jax.random.key(i))) for i in (1, 1, 2))
+  assert first.tobytes() == again.tobytes()
+  assert np.abs(first - other).max() > 0.01
+
+
+# Memory.
+
+
+@functools.cache
+def gradient_bytes(length):
+  """Scratch memory of one gradient over a grid of ten streams, by XLA's own account."""
+  streams = Streams(tuple(Stream(str(i), "internal", 1.0) for i in range(10)), 0)
+
+  def loss(q, k, v, tokens):
+    return attention(q, k, v, streams.visibility(tokens)).sum()
+
+  x = jax.ShapeDtypeStruct((1, 1, length, HEAD), jnp.float32)
+  tokens = jax.ShapeDtypeStruct((1, length // 10, 10), jnp.int32)
+  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x, tokens).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_linear_in_length():
+  short, long = gradient_bytes(4000), gradient_bytes(16000)
+  assert long < 4.5 * short
+  assert long < 0.05 * (4 * 16000**2)  # of one [L, L] in float32
