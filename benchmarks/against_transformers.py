@@ -2,12 +2,17 @@
 
 `python benchmarks/against_transformers.py [--streams=10] [--rows=200] [--repeats=5] [--json]`
 
-Training: one AdamW step on 2 x 1,000 tokens, clipped by the global norm. Decoding: `--rows` rows,
+Training: an AdamW step on 2 x 1,000 tokens, clipped by the global norm. Decoding: `--rows` rows,
 greedy, every stream sampled, the host seeing each row before it is fed. Both sides are first shown
 to compute the same; then they are timed in turn, so that a busy machine slows both.
 """
 
+import functools
+import json
 import os
+import statistics
+import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,61 +21,76 @@ import torch
 import transformers
 from absl import flags
 from hf_weights import STREAM_EMBEDDING, params_from_hf
+from rich.console import Console
+from rich.table import Table
 
+from msjax import cli
 from msjax.config import Config, ModelConfig, OptimConfig
 from msjax.decoding.generate import FREE, Decoder, decode
-from msjax.errors import InputError
+from msjax.errors import InputError, RunError
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.state import Learner, TrainState
 
 _STREAMS = flags.DEFINE_integer("streams", 10, "streams of the model", 1)
-_ROWS = flags.DEFINE_integer("rows", 200, "rows to decode", 1)
+_ROWS = flags.DEFINE_integer("rows", 200, "rows to decode", 20)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each side", 1)
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object instead of a table")
 
-VOCAB, BATCH, TOKENS = 32_000, 2, 1_000  # tokens of one sequence
+VOCAB, BATCH, TOKENS = 32_000, 2, 1_000  # TOKENS: of one sequence
 CHECKED_ROWS = 20
-LOSS_TOLERANCE, MARGIN = 1e-4, 1e-3  # relative; between the two likeliest logits
+LOSS_TOLERANCE = 1e-4  # relative
+MARGIN = 1e-3  # logits closer than this may be told apart either way
+HIDDEN_SCORE = torch.finfo(torch.float32).min
 MODEL = ModelConfig(
-  dim=512, layers=8, heads=8, kv_heads=4, head_dim=64, mlp_dim=1536, tied_head=False
+  dim=512,
+  layers=8,
+  heads=8,
+  kv_heads=4,
+  head_dim=64,
+  mlp_dim=1536,
+  tied_head=False,
+  dtype="float32",
 )
 OPTIM = OptimConfig(learning_rate=1e-4, weight_decay=0.1)
+
+Figures = dict[str, dict[str, float]]  # by side, by name
 
 
 class Msjax:
   """The msjax side."""
 
-  def __init__(self, streams: Streams, weights: dict[str, np.ndarray]):
-    """Takes over the weights."""
-    self.learner = Learner(Config(model=MODEL, optim=OPTIM), streams, VOCAB)
-    like = jax.eval_shape(self.learner.init, jax.random.key(0)).params
+  def __init__(self, streams: Streams, weights: dict[str, np.ndarray], tokens: np.ndarray):
+    """Takes over Hugging Face weights; `tokens` int32 [B, R, S] are what is trained on."""
+    learner = Learner(Config(model=MODEL, optim=OPTIM), streams, VOCAB)
+    like = jax.eval_shape(learner.init, jax.random.key(0)).params
     params = jax.tree.map(jnp.asarray, params_from_hf(weights, like))
-    self.model = self.learner.model(params)
-    self.state = TrainState(jnp.zeros((), jnp.int32), params, self.learner.tx.init(params))
-    self.take_step = jax.jit(self.learner.step, donate_argnums=0)
-
-  def train_step(self, tokens: np.ndarray) -> float:
-    """Takes a step on int32 [B, R, S], returns its loss."""
-    batch = {
+    self._decoder = functools.partial(Decoder.of, learner.model(params))
+    # A step gives its state's memory away; the decoder keeps the parameters it has.
+    params = jax.tree.map(jnp.copy, params)
+    self._state = TrainState(jnp.zeros((), jnp.int32), params, learner.tx.init(params))
+    self._step = jax.jit(learner.step, donate_argnums=0)
+    self._batch = {
       "tokens": tokens[None],
       "weights": np.ones_like(tokens[None], np.float32),
       "segments": np.zeros_like(tokens[None, ..., 0]),
     }
-    self.state, scalars = self.take_step(self.state, batch)
+
+  def train_step(self) -> float:
+    """Takes a step, returns its loss."""
+    self._state, scalars = self._step(self._state, self._batch)
     return float(scalars["loss"])
 
-  def decode(self, first_row: np.ndarray, rows: int) -> np.ndarray:
-    """Continues int32 [S]; returns int32 [rows, S], each row on the host before it is fed."""
-    given = [first_row[None], *[np.full_like(first_row[None], FREE)] * (rows - 1)]
-    decoder = Decoder.of(self.model, rows=rows)
-    return np.concatenate(list(decode(decoder, given)))
+  def decode(self, first_row: np.ndarray, rows: int, room: int) -> np.ndarray:
+    """Continues int32 [S] in a cache with room for `room` rows; returns int32 [rows, S]."""
+    given = [first_row[None]] + [np.full_like(first_row[None], FREE)] * (rows - 1)
+    return np.concatenate(list(decode(self._decoder(rows=room), given)))
 
 
 class Transformers:
-  """The Hugging Face side: the rule as a 4-D mask, stream embeddings by `inputs_embeds`."""
+  """The Hugging Face side: the rule as a 4-D mask, stream embeddings through `inputs_embeds`."""
 
-  def __init__(self, streams: Streams):
-    """Draws random weights."""
+  def __init__(self, streams: Streams, tokens: np.ndarray):
+    """Draws weights; `tokens` int32 [B, R, S] are what is trained on."""
     config = transformers.Qwen3Config(
       vocab_size=VOCAB,
       hidden_size=MODEL.dim,
@@ -81,18 +101,18 @@ class Transformers:
       intermediate_size=MODEL.mlp_dim,
       rope_theta=MODEL.rope_theta,
       rms_norm_eps=MODEL.norm_eps,
-      tie_word_embeddings=False,
+      tie_word_embeddings=MODEL.tied_head,
       initializer_range=MODEL.dim**-0.5,
       attn_implementation="sdpa",
     )
     torch.manual_seed(0)
-    self.streams = streams
-    self.model = transformers.Qwen3ForCausalLM(config)
-    self.stream_embed = torch.nn.Parameter(0.02 * torch.randn(len(streams), MODEL.dim))
-    matrices = [p for p in self.model.parameters() if p.ndim > 1]
-    others = [*(p for p in self.model.parameters() if p.ndim == 1), self.stream_embed]
-    self.parameters = matrices + others
-    self.optimizer = torch.optim.AdamW(
+    self._streams = streams
+    self._model = transformers.Qwen3ForCausalLM(config)
+    self._stream_embed = torch.nn.Parameter(0.02 * torch.randn(len(streams), MODEL.dim))
+    matrices = [p for p in self._model.parameters() if p.ndim > 1]
+    others = [p for p in self._model.parameters() if p.ndim == 1] + [self._stream_embed]
+    self._parameters = matrices + others
+    self._optimizer = torch.optim.AdamW(
       [{"params": matrices}, {"params": others, "weight_decay": 0.0}],
       lr=OPTIM.learning_rate,
       betas=(OPTIM.b1, OPTIM.b2),
@@ -100,90 +120,180 @@ class Transformers:
       weight_decay=OPTIM.weight_decay,
       fused=True,
     )
+    self._grid = self._whole_grid(tokens)
+    self._labels = torch.from_numpy(np.array(streams.labels(tokens)[0])).long().flatten()
 
   @property
   def weights(self) -> dict[str, np.ndarray]:
     """Copies by Hugging Face name."""
-    tensors = {**self.model.state_dict(), STREAM_EMBEDDING: self.stream_embed.detach()}
+    tensors = {**self._model.state_dict(), STREAM_EMBEDDING: self._stream_embed.detach()}
     return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
 
-  def embedded(self, tokens: torch.Tensor) -> torch.Tensor:
-    """int64 [B, R, S] -> [B, L, D]."""
-    return (self.model.model.embed_tokens(tokens) + self.stream_embed).flatten(1, 2)
-
-  def whole_grid(self, tokens: np.ndarray) -> dict[str, torch.Tensor]:
-    """Mask, positions and labels of one pass over int32 [B, R, S]."""
-    seen = np.array(self.streams.visibility(tokens).dense())[:, None]
-    rows = np.array(self.streams.positions(tokens)).reshape(len(tokens), -1)
-    labels = np.array(self.streams.labels(tokens)[0]).reshape(-1)
-    return {
-      "mask": torch.where(torch.from_numpy(seen), 0.0, torch.finfo(torch.float32).min),
-      "rows": torch.from_numpy(rows).long(),
-      "labels": torch.from_numpy(labels).long(),
-    }
-
-  def logits(self, tokens: torch.Tensor, grid: dict[str, torch.Tensor]) -> torch.Tensor:
-    """[B, L, V] of one pass over int64 [B, R, S]."""
-    return self.model(
-      inputs_embeds=self.embedded(tokens),
-      attention_mask=grid["mask"],
-      position_ids=grid["rows"],
-      use_cache=False,
-    ).logits
-
-  def train_step(self, tokens: torch.Tensor, grid: dict[str, torch.Tensor]) -> float:
-    """Takes a step on int64 [B, R, S], returns its loss."""
-    logits = self.logits(tokens, grid).flatten(0, 1)
-    loss = torch.nn.functional.cross_entropy(logits, grid["labels"], ignore_index=HOLE)
+  def train_step(self) -> float:
+    """Takes a step, returns its loss."""
+    logits = self._logits(**self._grid).flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, self._labels, ignore_index=HOLE)
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(self.parameters, OPTIM.clip_norm)
-    self.optimizer.step()
-    self.optimizer.zero_grad(set_to_none=True)
+    torch.nn.utils.clip_grad_norm_(self._parameters, OPTIM.clip_norm)
+    self._optimizer.step()
+    self._optimizer.zero_grad(set_to_none=True)
     return loss.item()
 
   @torch.inference_mode()
-  def decode(self, first_row: np.ndarray, rows: int) -> np.ndarray:
-    """Continues int32 [S]; returns int32 [rows, S], each row on the host before it is fed."""
+  def decode(self, first_row: np.ndarray, rows: int, room: int) -> np.ndarray:
+    """Continues int32 [S]; returns int32 [rows, S]. The mask is made for `room` rows."""
     S = len(first_row)
-    peers = ~torch.eye(S, dtype=torch.bool)
-    mask = torch.zeros(1, 1, S, rows * S)  # its last columns are the row that is fed
-    mask[..., -S:].masked_fill_(peers, torch.finfo(torch.float32).min)
-    cache = transformers.DynamicCache(config=self.model.config)
+    mask = torch.zeros(1, 1, S, room * S)  # its last columns stand for the row that is fed
+    mask[..., -S:].masked_fill_(~torch.eye(S, dtype=torch.bool), HIDDEN_SCORE)
+    cache = transformers.DynamicCache(config=self._model.config)
     row, written = first_row, []
     for r in range(rows):
       written.append(row)
-      logits = self.model(
-        inputs_embeds=self.embedded(torch.from_numpy(row)[None, None]),
-        attention_mask=mask[..., -(r + 1) * S :],
-        position_ids=torch.full((1, S), r),
+      logits = self._logits(
+        torch.from_numpy(row)[None, None],
+        mask[..., -(r + 1) * S :],
+        torch.full((1, S), r),
         past_key_values=cache,
-      ).logits
-      row = logits[0].argmax(-1).to(torch.int32).numpy()
+      )
+      row = logits[0].argmax(-1).numpy()
     return np.stack(written)
+
+  @torch.inference_mode()
+  def shortfall(self, written: np.ndarray) -> float:
+    """How far below the highest logit the tokens of greedy rows int [R, S] are, at most."""
+    logits = self._logits(**self._whole_grid(written[None]))
+    logits = logits.unflatten(1, written.shape)[0, :-1]
+    chosen = torch.from_numpy(written[1:]).long()
+    return (logits.amax(-1) - logits.gather(-1, chosen[..., None])[..., 0]).max().item()
+
+  def _whole_grid(self, tokens: np.ndarray) -> dict[str, torch.Tensor]:
+    """Arguments of `_logits` for one pass over int [B, R, S]."""
+    seen = np.array(self._streams.visibility(tokens).dense())[:, None]
+    rows = np.array(self._streams.positions(tokens)).reshape(len(tokens), -1)
+    return {
+      "tokens": torch.from_numpy(tokens),
+      "mask": torch.where(torch.from_numpy(seen), 0.0, HIDDEN_SCORE),
+      "rows": torch.from_numpy(rows),
+    }
+
+  def _logits(self, tokens, mask, rows, past_key_values=None) -> torch.Tensor:
+    """Tokens [B, R, S], additive mask [B, 1, L, M] and rows [B, L] -> [B, L, V]."""
+    embedded = self._model.get_input_embeddings()(tokens) + self._stream_embed
+    return self._model(
+      inputs_embeds=embedded.flatten(1, 2),
+      attention_mask=mask,
+      position_ids=rows,
+      past_key_values=past_key_values,
+      use_cache=past_key_values is not None,
+    ).logits
+
+
+Sides = dict[str, Msjax | Transformers]
+
+
+def time_decoding(sides: Sides, oracle: Transformers, first_row: np.ndarray) -> Figures:
+  """Times greedy decoding of `--rows` rows.
+
+  Raises:
+    RunError: a side writes a token that is not the likeliest by one dense pass of `oracle`.
+  """
+  rows, first_call = _ROWS.value, {}
+  for name, side in sides.items():
+    first_call[name] = _seconds(functools.partial(side.decode, first_row, 1, room=rows))
+    short = oracle.shortfall(side.decode(first_row, CHECKED_ROWS, room=rows))
+    if short > MARGIN:
+      raise RunError(f"{name} wrote a token {short:.3g} below the highest logit: not timed")
+  runs = {n: functools.partial(side.decode, first_row, rows, rows) for n, side in sides.items()}
+  return _timed(runs, rows, len(first_row) * rows, first_call)
+
+
+def time_training(sides: Sides) -> Figures:
+  """Times training steps.
+
+  Raises:
+    RunError: the sides' losses differ, at the given weights or after one step.
+  """
+  first_call, losses = {}, {}
+  for name, side in sides.items():
+    start = time.perf_counter()
+    losses[name] = [side.train_step()]
+    first_call[name] = time.perf_counter() - start
+    losses[name].append(side.train_step())
+  if not np.allclose(losses["msjax"], losses["transformers"], rtol=LOSS_TOLERANCE, atol=0):
+    raise RunError(f"losses of two steps differ: {losses}: not timed")
+  runs = {name: side.train_step for name, side in sides.items()}
+  return _timed(runs, BATCH * TOKENS // _STREAMS.value, BATCH * TOKENS, first_call)
+
+
+def _timed(runs, rows: int, tokens: int, first_call: dict[str, float]) -> Figures:
+  """Runs the sides in turn, `--repeats` times; one run passes so many rows and tokens."""
+  seconds = {name: [] for name in runs}
+  for _ in range(_REPEATS.value):
+    for name, run in runs.items():
+      seconds[name].append(_seconds(run))
+  figures = {}
+  for name, times in seconds.items():
+    median = statistics.median(times)
+    figures[name] = {
+      "ms": median * 1e3,
+      "tokens_per_second": tokens / median,
+      "rows_per_second": rows / median,
+      "first_call_seconds": first_call[name],
+    }
+  return figures
+
+
+def _seconds(run: Callable[[], object]) -> float:
+  start = time.perf_counter()
+  run()
+  return time.perf_counter() - start
+
+
+def table(figures: dict[str, Figures], conditions: str) -> Table:
+  """Lays figures by work and side out for people."""
+  out = Table(title="msjax and transformers on the same weights", caption=conditions)
+  out.add_column("")
+  for column in ("median ms", "tokens/s", "rows/s", "first call s", "times faster"):
+    out.add_column(column, justify="right")
+  for work, sides in figures.items():
+    out.add_section()
+    for name, side in sides.items():
+      ratio = sides["transformers"]["ms"] / side["ms"]
+      out.add_row(
+        f"{work}: {name}",
+        f"{side['ms']:,.0f}",
+        f"{side['tokens_per_second']:,.0f}",
+        f"{side['rows_per_second']:,.1f}",
+        f"{side['first_call_seconds']:.1f}",
+        f"{ratio:.2f}",
+      )
+  return out
 
 
 def main(_) -> None:
   """Checks, times and prints."""
-  S, repeats = _STREAMS.value, _REPEATS.value
+  S, threads = _STREAMS.value, len(os.sched_getaffinity(0))
   if TOKENS % S:
     raise InputError(f"--streams: {S}; expected a divisor of {TOKENS}")
-  torch.set_num_threads(len(os.sched_getaffinity(0)))
-  transformers.logging.set_verbosity_error()
+  torch.set_num_threads(threads)
+  conditions = (
+    f"float32, {S} streams; jax {jax.__version__} and torch {torch.__version__} with {threads} "
+    f"threads each, transformers {transformers.__version__}; load before: {os.getloadavg()[0]:.1f}"
+  )
   streams = Streams(tuple(Stream.parse(f"s{i}:internal") for i in range(S)), silence_id=0)
-  theirs = Transformers(streams)
-  ours = Msjax(streams, theirs.weights)
   rng = np.random.default_rng(0)
-  first_row = rng.integers(0, VOCAB, S, np.int32)
   tokens = rng.integers(0, VOCAB, (BATCH, TOKENS // S, S), np.int32)
-  grid, tensor = theirs.whole_grid(tokens), torch.from_numpy(tokens).long()
-
-  check_rows(theirs, ours.decode(first_row, CHECKED_ROWS), "msjax")
-  check_rows(theirs, theirs.decode(first_row, CHECKED_ROWS), "transformers")
+  oracle = Transformers(streams, tokens)
+  sides = {"msjax": Msjax(streams, oracle.weights, tokens), "transformers": oracle}
   figures = {
-    "decoding": measured(
-      repeats,
-      lambda: ours.decode(first_row, _ROWS.value),
-      lambda: theirs.decode(first_row, _ROWS.value),
-    )
+    f"decoding {_ROWS.value} rows": time_decoding(sides, oracle, tokens[0, 0]),
+    f"training step, {BATCH} x {TOKENS:,} tokens": time_training(sides),
   }
-  check_losses(lambda: ours.train_step(tokens), lambda: theirs.train_step(tensor, grid))
+  if _JSON.value:
+    print(json.dumps({"conditions": conditions, **figures}))
+  else:
+    Console().print(table(figures, conditions))
+
+
+if __name__ == "__main__":
+  cli.run(main)

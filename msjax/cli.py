@@ -9,7 +9,8 @@ from absl import app, flags, logging
 
 from msjax.errors import InputError, RunError, nearest
 
-_WRONG_INPUT, _INTERRUPTED, _BROKEN_PIPE = 2, 130, 141  # exit status; the last two as of a shell
+_FAILED, _WRONG_INPUT = 1, 2  # exit status
+_INTERRUPTED, _BROKEN_PIPE = 130, 141  # as of a shell
 
 
 def run(
@@ -18,8 +19,9 @@ def run(
   """Parses the command line, calls `main([program])` and exits with what it returns.
 
   A wrong flag, a leftover word and an `InputError` end with one line on stderr and status 2, a
-  `RunError` with one line and its own status, Ctrl-C with 130, and a reader of the output that went
-  away with 141 and in silence.
+  `RunError` with one line and its own status, what the system refuses (a full disk, a missing
+  permission) with one line and status 1, Ctrl-C with 130, and a reader of the output that went away
+  with 141 and in silence.
 
   Args:
     main: the command.
@@ -48,6 +50,9 @@ def run(
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     sys.exit(_BROKEN_PIPE)
+  except OSError as error:
+    _complain(error)
+    sys.exit(_FAILED)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -68,12 +73,16 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _log_plainly() -> None:
-  """Lines of a time and a message; of libraries only warnings."""
+  """Lines of a time and a message; of libraries only warnings, and no tracebacks of what they then
+  raise (Orbax logs one from each of its threads)."""
   handler = logging.get_absl_handler()
   handler.setFormatter(std_logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
   ours = os.path.dirname(__file__)
   handler.addFilter(
-    lambda record: record.levelno >= std_logging.WARNING or record.pathname.startswith(ours)
+    lambda record: (
+      record.pathname.startswith(ours)
+      or (record.levelno >= std_logging.WARNING and not record.exc_info)
+    )
   )
 
 

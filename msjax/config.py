@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import functools
 import json
 import math
 import types
@@ -15,6 +16,8 @@ from msjax.errors import InputError, nearest
 from msjax.streams import SAME_ROW, Stream, Streams
 
 FORMAT_VERSION = 1
+TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+TYPE_WORDS[tuple[str, ...]] = "a tuple of texts, as in ('a', 'b')"
 
 
 @dataclasses.dataclass
@@ -139,6 +142,7 @@ class Config:
 
   def validate(self) -> None:
     """Checks every constraint between and within fields; names field, value and what is allowed."""
+    _check_types(self)
     m, d, o, t = self.model, self.data, self.optim, self.train
     _positive(m, "model", "dim layers heads kv_heads head_dim mlp_dim rope_theta norm_eps")
     _positive(d, "data", "rows rows_per_second max_pause min_ops max_ops")
@@ -191,7 +195,29 @@ class Config:
       "at least 1, for arithmetic never runs out of held-out questions",
     )
     _check(d.source != "jsonl" or bool(d.train), "data.train", d.train, "a JSONL file to train on")
+    _check(
+      self.report != "arithmetic" or d.source == "arithmetic",
+      "report",
+      self.report,
+      "data.source=arithmetic beside it",
+    )
+    held_out_text = d.source == "chitchat" or (d.source == "jsonl" and bool(d.valid))
+    _check(
+      self.report != "likelihood" or held_out_text,
+      "report",
+      self.report,
+      "held-out text beside it, as by data.valid=FILE",
+    )
     self.stream_set(silence_id=0)
+    if self.baseline:
+      try:
+        self.baseline_run().validate()
+      except InputError as error:
+        raise InputError(f"config.baseline: {error}") from None
+
+  def baseline_run(self) -> "Config":
+    """Returns the run that the report sets beside this one."""
+    return self.changed({**self.baseline, "baseline": {}, "report": ""})
 
   def stream_set(self, silence_id: int) -> Streams:
     """Returns the run's streams and rule, for a tokenizer with this silence token."""
@@ -200,14 +226,12 @@ class Config:
     )
 
   def changed(self, changes: dict[str, Any]) -> "Config":
-    """Returns a copy with dotted fields set, as in `{"train.steps": 10}`."""
+    """Returns a copy with dotted fields set, as in `{"train.steps": 10}`; not validated."""
     copy = Config.from_json(self.to_json())
     for name, value in changes.items():
+      field_type(name)
       *path, last = name.split(".")
-      owner = copy
-      for part in path:
-        owner = getattr(owner, part)
-      setattr(owner, last, value)
+      setattr(functools.reduce(getattr, path, copy), last, value)
     return copy
 
   def to_json(self) -> dict[str, Any]:
@@ -240,10 +264,45 @@ def _build(cls, data: dict[str, Any], path: str):
   return cls(**values)
 
 
+def field_type(name: str) -> Any:
+  """Returns the declared type of a dotted field; where there is none, names the nearest."""
+  hint, path = Config, "config"
+  for part in name.split("."):
+    owner = nested_dataclass(hint)
+    if owner is None:
+      raise InputError(f"config.{name}: {path} has no fields")
+    hints = typing.get_type_hints(owner)
+    if part not in hints:
+      known = nearest(part, hints) or f"; there are {', '.join(hints)}"
+      raise InputError(f"config.{name}: no such field as {part!r}{known}")
+    hint, path = hints[part], f"{path}.{part}"
+  return hint
+
+
 def nested_dataclass(hint) -> type | None:
   """The dataclass in a field's type (`X` or `X | None`), if it is one."""
   options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
   return next((o for o in options if dataclasses.is_dataclass(o)), None)
+
+
+def _check_types(owner: Any, prefix: str = "") -> None:
+  """Checks that every field holds what its type says, those of nested dataclasses too."""
+  for name, hint in typing.get_type_hints(type(owner)).items():
+    value, nested = getattr(owner, name), nested_dataclass(hint)
+    if nested is not None and isinstance(value, nested):
+      _check_types(value, f"{prefix}{name}.")
+    else:
+      _check(_is_a(value, hint), prefix + name, value, TYPE_WORDS.get(hint, str(hint)))
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+  """Whether a value is of a field's type; a whole number is a number too, a bool is neither."""
+  if typing.get_origin(hint) is tuple:
+    return isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+  if isinstance(hint, types.UnionType):
+    return isinstance(value, hint)
+  kind = (int, float) if hint is float else typing.get_origin(hint) or hint
+  return isinstance(value, kind) and isinstance(value, bool) == (hint is bool)
 
 
 def _check(ok: bool, name: str, value: Any, expected: str) -> None:

@@ -1,17 +1,16 @@
 """The flag `--config=FILE --config.FIELD=VALUE`, and plain words about what is wrong with it."""
 
-import dataclasses
 import os
-import typing
+import types
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from msjax.config import Config, nested_dataclass
-from msjax.errors import InputError, nearest
+from msjax.config import TYPE_WORDS, Config, field_type
+from msjax.errors import InputError
 
 _PREFIX = "--config."
-_EXPECTED = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def define() -> flags.FlagHolder:
@@ -45,41 +44,37 @@ def check(argv: list[str]) -> None:
   """
   for word, following in zip(argv[1:], [*argv[2:], ""]):
     name, given, value = word.partition("=")
+    name = f"--{name.lstrip('-')}" if name.startswith("-") else name
     value = value if given else following
     if name == "--config" and not os.path.isfile(value.partition(":")[0]):
       raise InputError(
         f"--config: {value!r} is no file; expected one such as configs/quickstart.py"
       )
     if name.startswith(_PREFIX):
-      _check_field(name.removeprefix(_PREFIX), value)
+      hint = _settable_type(name.removeprefix(_PREFIX))
+      if given or hint is not bool:  # such a flag alone means true
+        _check_value(name, hint, value)
 
 
-def _check_field(name: str, value: str) -> None:
-  """Walks down the config tree along a dotted name; checks the value against the leaf's type."""
-  owner, hint = Config, Config
-  parts = name.split(".")
-  for depth, part in enumerate(parts):
-    owner = nested_dataclass(hint)
-    if owner is None:
-      raise InputError(f"--config.{name}: config.{'.'.join(parts[:depth])} has no fields")
-    hints = typing.get_type_hints(owner)
-    if part not in hints:
-      fields = [f.name for f in dataclasses.fields(owner)]
-      known = nearest(part, fields) or f"; there are {', '.join(fields)}"
-      raise InputError(f"--config.{name}: no such field as {part!r}{known}")
-    hint = hints[part]
-  if hint not in (int, float, bool, str) and typing.get_origin(hint) is not tuple:
+def _settable_type(name: str) -> Any:
+  """Returns the type of a dotted field; no group of fields, and in none that may be absent."""
+  hint, owner = field_type(name), name.rpartition(".")[0]
+  absent = owner and isinstance(field_type(owner), types.UnionType)
+  if absent or hint not in TYPE_WORDS:
     raise InputError(f"--config.{name}: can only be set in the config file")
-  if hint is not str and not _is_a(hint, value):
-    raise InputError(
-      f"--config.{name}: {value!r} is not {_EXPECTED.get(hint, 'a tuple')}"
-      + ("" if hint in _EXPECTED else "; expected words in quotes, as in \"('a', 'b')\"")
-    )
+  return hint
 
 
-def _is_a(hint, value: str) -> bool:
+def _check_value(flag: str, hint: Any, value: str) -> None:
+  if not _reads_as(hint, value):
+    raise InputError(f"{flag}: {value!r} is not {TYPE_WORDS[hint]}")
+
+
+def _reads_as(hint: Any, value: str) -> bool:
+  if hint is str:
+    return True
   if hint is bool:
-    return value.lower() in ("true", "false", "t", "f", "1", "0") or value.startswith("--")
+    return value.lower() in ("true", "false", "t", "f", "1", "0")
   if hint in (int, float):
     try:
       hint(value)

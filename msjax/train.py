@@ -40,10 +40,8 @@ def main(_) -> None:
   logging.info("work directory %s", workdir.path)
   trained, baseline = train(config, workdir), None
   if config.baseline:
-    other = config.changed({**config.baseline, "baseline": {}, "report": ""})
-    other.validate()
     logging.info("baseline: the same run with %s", config.baseline)
-    baseline = train(other, workdir.baseline)
+    baseline = train(config.baseline_run(), workdir.baseline)
   if config.report:
     workdir.write_report(reports.REPORTS[config.report](trained, baseline))
 

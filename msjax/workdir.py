@@ -86,8 +86,8 @@ class WorkDir:
 
   def _check_same(self, config: Config, streams: Streams, tokenizer: Tokenizer) -> None:
     before, now = (_flat(c.to_json()) for c in (self.config(), config))
-    for name in now:
-      was, value = before.get(name), _plain(now[name])
+    for name in sorted(before | now):
+      was, value = before.get(name), now.get(name)
       if was == value or name in _FREE:
         continue
       if name.startswith(_IDENTITY):
@@ -140,16 +140,11 @@ def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-  """Nested dicts -> dotted names."""
+  """Nested dicts -> dotted names; lists -> tuples."""
   flat = {}
   for name, value in data.items():
     if isinstance(value, dict):
       flat.update(_flat(value, f"{prefix}{name}."))
     else:
-      flat[prefix + name] = value
+      flat[prefix + name] = tuple(value) if isinstance(value, list) else value
   return flat
-
-
-def _plain(value: Any) -> Any:
-  """A value as it comes back from JSON, lists as tuples."""
-  return tuple(value) if isinstance(value, (list, tuple)) else value

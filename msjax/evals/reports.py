@@ -8,7 +8,6 @@ import rich.console
 import rich.table
 
 from msjax.data.show import RowPrinter
-from msjax.errors import InputError
 from msjax.evals import arithmetic, likelihood
 from msjax.model import Model
 from msjax.training.loop import Trained
@@ -53,8 +52,6 @@ def _number(name: str, value: float) -> str:
 
 def _likelihood(run: Trained, baseline: Trained | None) -> Figures:
   """Held-out loss by stream, next to unigram frequencies and the baseline."""
-  if run.data.valid is None:
-    raise InputError("config.report: likelihood needs held-out data; give --config.data.valid=FILE")
   learner, data = run.learner, run.data
   models = {
     "model": likelihood.model_scores(learner, run.params, data.valid, data.tokenizer),

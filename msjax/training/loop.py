@@ -20,6 +20,7 @@ from msjax.data import pipeline
 from msjax.data.load import Data
 from msjax.data.pipeline import Source
 from msjax.errors import InputError, RunError
+from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import Checkpoints, load_params
 from msjax.training.metrics import Metrics
 from msjax.training.state import Learner, Params, TrainState, summarize
@@ -75,7 +76,7 @@ def train(config: Config, workdir: WorkDir) -> Trained:
       process_count=jax.process_count(),
     )
     with Checkpoints(workdir.checkpoints, t.keep) as checkpoints, _stop_signals() as stop:
-      state = _start(learner, checkpoints, batches)
+      state = _start(learner, checkpoints, batches, data.tokenizer)
       start = int(state.step)
       best = checkpoints.best_loss
       take_step = jax.jit(learner.step, donate_argnums=0)
@@ -90,11 +91,11 @@ def train(config: Config, workdir: WorkDir) -> Trained:
           state, scalars = take_step(state, batch)
           finish(running)
           running = _Running(step, scalars, records)
-          last = step == t.steps or stop.is_set()
+          save_now = step == t.steps or step % t.save_every == 0
           evaluate_now = data.valid is not None and (
             step == t.steps or bool(t.eval_every and step % t.eval_every == 0)
           )
-          if not (last or evaluate_now or step % t.save_every == 0):
+          if not (save_now or evaluate_now or stop.is_set()):
             continue
           running = finish(running)  # only a state whose own step was finite is evaluated or saved
           valid_loss = None
@@ -105,9 +106,10 @@ def train(config: Config, workdir: WorkDir) -> Trained:
             logging.info("step %d  held-out loss %.4f", step, valid_loss)
           is_best = valid_loss is not None and valid_loss < best
           best = valid_loss if is_best else best
-          if last or is_best or step % t.save_every == 0:
+          stopping = stop.is_set()  # asked once: who is told that the run is saved, has it saved
+          if save_now or is_best or stopping:
             checkpoints.save(step, state, batches, valid_loss)
-          if stop.is_set() and step < t.steps:
+          if stopping:
             checkpoints.wait()
             raise Stopped(f"stopped by a signal and saved at step {step}; run again to go on")
         seconds = metrics.seconds
@@ -131,6 +133,7 @@ def _finish(
   values = metrics.step(running.step, running.scalars)
   if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
     return
+  checkpoints.wait()  # the one in flight is good, and may take the place of an older one
   names = [source.record_id(int(i)) for i in np.unique(running.records) if i >= 0]
   listed = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
   raise RunError(
@@ -139,7 +142,7 @@ def _finish(
   )
 
 
-def _start(learner: Learner, checkpoints: Checkpoints, batches) -> TrainState:
+def _start(learner: Learner, checkpoints: Checkpoints, batches, tokenizer: Tokenizer) -> TrainState:
   """Restores, takes over or draws the first state; places `batches` where the state was saved."""
   config = learner.config
   key = jax.random.key(config.train.seed)
@@ -149,20 +152,20 @@ def _start(learner: Learner, checkpoints: Checkpoints, batches) -> TrainState:
     return state
   state = jax.jit(learner.init)(key)
   if config.init_from:
-    params = _taken_over(learner, state.params, WorkDir(config.init_from))
+    params = _taken_over(learner, state.params, tokenizer, WorkDir(config.init_from))
     state = TrainState(state.step, params, learner.tx.init(params))
   count = sum(p.size for p in jax.tree.leaves(state.params))
   logging.info("%s parameters, %s", f"{count:,}", jax.devices()[0].platform)
   return state
 
 
-def _taken_over(learner: Learner, fresh: Params, other: WorkDir) -> Params:
+def _taken_over(learner: Learner, fresh: Params, tokenizer: Tokenizer, other: WorkDir) -> Params:
   """Returns another run's parameters; streams go by name, new ones keep fresh embeddings."""
-  tokenizer, streams = other.tokenizer(), other.streams()
-  if tokenizer.vocab_size != learner.vocab_size:
+  vocabulary, streams = other.tokenizer(), other.streams()
+  if vocabulary.to_json() != tokenizer.to_json():
     raise InputError(
-      f"config.init_from: {other.path} has {tokenizer.vocab_size} tokens, this run "
-      f"{learner.vocab_size}; give its tokenizer by --config.data.tokenizer="
+      f"config.init_from: the vocabulary of {other.path} ({vocabulary.vocab_size} tokens) is not "
+      f"this run's ({tokenizer.vocab_size}); take its tokenizer by --config.data.tokenizer="
       f"{other.path / 'tokenizer.json'}"
     )
   params = load_params(other.checkpoints, None)

@@ -4,6 +4,7 @@ Scalars stay on the device until the next step has been dispatched, so the devic
 the host to read a loss.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,8 @@ import jax
 import rich.progress
 import tensorboardX
 from absl import logging
+
+from msjax.errors import RunError
 
 FORMAT_VERSION = 1
 
@@ -32,7 +35,7 @@ class Metrics:
     self.path, self.steps, self.log_every = path, steps, log_every
     before = _truncate(path, start)
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-    self._board = tensorboardX.SummaryWriter(str(path.parent / "tensorboard"), purge_step=start)
+    self._board = tensorboardX.SummaryWriter(str(path.parent / "tensorboard"), purge_step=start + 1)
     self._progress = rich.progress.Progress(
       rich.progress.TextColumn("{task.description}"),
       rich.progress.BarColumn(),
@@ -42,21 +45,26 @@ class Metrics:
       disable=not sys.stderr.isatty(),
       transient=True,
     )
+    self._log = logging.get_absl_handler().python_handler
     self._task = self._progress.add_task("steps", total=steps, completed=start)
     self._start, self._since, self._begun = start, start, time.perf_counter()
     self._seconds_before = before.get("seconds", 0.0)
     self._interval_begun, self._data_wait, self._cells = self._begun, 0.0, 0.0
 
   def __enter__(self) -> "Metrics":
-    """Starts the progress bar where there is a terminal."""
-    self._progress.start()
+    """Starts the progress bar where there is a terminal; log lines then go above it."""
+    self._progress.start()  # puts something in the place of sys.stderr that knows of the bar
+    self._log_stream = self._log.stream
+    self._log.setStream(sys.stderr)
     return self
 
-  def __exit__(self, *_) -> None:
-    """Closes files."""
+  def __exit__(self, kind, error, trace) -> None:
+    """Closes files; a disk that was full before and still is tells nothing new."""
     self._progress.stop()
-    self._file.close()
-    self._board.close()
+    self._log.setStream(self._log_stream)
+    for file in (self._file, self._board):
+      with contextlib.suppress(*(() if kind is None else (OSError,))):
+        file.close()
 
   @property
   def seconds(self) -> float:
@@ -90,8 +98,11 @@ class Metrics:
   def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
     """Appends one JSON line and the same to TensorBoard."""
     line = {"format_version": FORMAT_VERSION, "kind": kind, "step": step, **values}
-    self._file.write(json.dumps(line) + "\n")
-    self._file.flush()
+    try:
+      self._file.write(json.dumps(line) + "\n")
+      self._file.flush()
+    except OSError as error:
+      raise RunError(f"{self.path}: cannot be written: {error.strerror}") from error
     for name, value in values.items():
       self._board.add_scalar(f"{kind}/{name}", value, step)
 
