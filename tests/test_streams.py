@@ -156,9 +156,7 @@ def test_inputs_come_first_in_attention():
   streams = stream_set("output", "input", "internal", "input")
   assert streams.order == (1, 3, 0, 2)
   grid = jnp.array([[[10, 11, 12, 13], [20, 21, 22, 23]]])
-  np.testing.assert_array_equal(
-    streams.to_attention(grid), [[11, 13, 10, 12, 21, 23, 20, 22]]
-  )
+  np.testing.assert_array_equal(streams.to_attention(grid), [[11, 13, 10, 12, 21, 23, 20, 22]])
 
 
 @pytest.mark.parametrize("kinds", [("input", "output"), ("output", "internal", "input", "input")])
@@ -222,7 +220,7 @@ def test_bad_streams_are_told():
     Streams((), SILENCE)
   with pytest.raises(InputError, match="'user' stands twice"):
     Streams((user, user), SILENCE)
-  with pytest.raises(InputError, match="'hiden' is none of.*did you mean 'hidden'"):
+  with pytest.raises(InputError, match=r"'hiden' is none of.*did you mean 'hidden'"):
     Streams((user,), SILENCE, same_row="hiden")
   with pytest.raises(InputError, match="'usr' is unknown: there are user; did you mean 'user'"):
     Streams((user,), SILENCE).id("usr")

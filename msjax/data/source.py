@@ -74,6 +74,8 @@ class RecordSource:
         long += len(starts) > 1
     if not tokens:
       raise InputError(f"data: no record is left, {len(self.bad.messages)} were bad")
+    if self.bad.messages:
+      logging.warning("%d bad records are left out", len(self.bad.messages))
     if long:
       logging.info("%d of %d records are cut into windows of %d rows", long, len(tokens), max_rows)
     self._tokens, self._weights = np.concatenate(tokens), np.concatenate(weights)

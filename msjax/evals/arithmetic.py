@@ -6,7 +6,6 @@ from msjax.data import synthetic
 from msjax.data.synthetic import Question
 from msjax.decoding.generate import FREE, fill
 from msjax.model import Model
-from msjax.streams import HOLE
 
 QUESTIONS = 500
 OPERATIONS = 10
@@ -60,7 +59,7 @@ def measure(model: Model) -> dict[str, float]:
 def shown(model: Model, count: int) -> list[np.ndarray]:
   """Returns some answered questions, int32 [R, S] each, up to the row of the answer."""
   end = OPERATIONS + 2 + _answer_lag(model)
-  return [np.where(g == FREE, HOLE, g)[:end] for g in answered(model, questions(model, count))]
+  return [grid[:end] for grid in answered(model, questions(model, count))]
 
 
 def _answer_lag(model: Model) -> int:
