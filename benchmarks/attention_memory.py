@@ -53,9 +53,9 @@ def measure(length: int, remat: str) -> dict[str, float | str]:
     "tokens": length,
     "remat": remat,
     "peak_mb": peak,
-    "above_import_mb": peak - imported,
+    "above_imports_mb": peak - imported,
     "mb_per_1000_tokens": (peak - imported) / length * 1_000,
-    "seconds": seconds,
+    "step_seconds": seconds,
   }
 
 
@@ -66,16 +66,16 @@ def _peak_mb() -> float:
 def table(figures: list[dict[str, float | str]]) -> Table:
   """Lays figures out for people."""
   out = Table(title=f"One training step on L tokens, {STREAMS} streams")
-  for column in ("L", "remat", "peak MB", "above imports MB", "MB / 1,000 tokens", "seconds"):
+  for column in ("remat", "L", "peak MB", "above imports MB", "MB / 1,000 tokens", "step s"):
     out.add_column(column, justify="right")
   for f in figures:
     out.add_row(
-      f"{f['tokens']:,}",
       f["remat"],
+      f"{f['tokens']:,}",
       f"{f['peak_mb']:,.0f}",
-      f"{f['above_import_mb']:,.0f}",
-      f"{f['mb_per_1000_tokens']:.1f}",
-      f"{f['seconds']:.1f}",
+      f"{f['above_imports_mb']:,.0f}",
+      f"{f['mb_per_1000_tokens']:.0f}",
+      f"{f['step_seconds']:.1f}",
     )
   return out
 

@@ -96,8 +96,8 @@ class OptimConfig:
   stream_learning_rate: float = 0.0  # of the stream embedding; 0: the same
   schedule: str = "constant"  # after warm-up: constant (with cooldown), or cosine
   warmup_steps: int = 0
-  cooldown_steps: int = 0  # constant: linear to 0 over so many last steps
-  final_fraction: float = 0.0  # cosine: of learning_rate, reached at the last step
+  cooldown_steps: int = 0  # constant: linear towards 0 over so many last steps
+  final_fraction: float = 0.0  # cosine: of learning_rate, reached when all steps are taken
   b1: float = 0.9
   b2: float = 0.95
   eps: float = 1e-8

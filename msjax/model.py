@@ -99,7 +99,8 @@ class Model:
       InputError: an unknown stream, one that is no input, a row that is never reached.
     """
     schedule = Schedule(self.streams)
-    for row, stream, text in itertools.chain(((0, s, t) for s, t in inputs.items()), at):
+    given = itertools.chain(((0, stream, text) for stream, text in inputs.items()), at)
+    for row, stream, text in sorted(given, key=lambda g: g[0]):  # no text is cut by an earlier one
       schedule.put(row, stream, self._said(text))
     if rows is not None and schedule.rows > rows:
       raise InputError(f"rows: {rows} end before the given text, which takes {schedule.rows} rows")

@@ -13,6 +13,7 @@ import numpy as np
 from msjax.decoding.cache import Cache, Layers, feed_row, unstack
 from msjax.decoding.sampling import sample
 from msjax.models.transformer import Transformer
+from msjax.streams import HOLE
 
 FREE = -2  # in a row that is handed in: let the model write this cell
 
@@ -26,13 +27,14 @@ def _tick(
   temperature: jax.Array,
   key: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-  """Feeds a row [B, S]; returns the proposal for the next [B, S]."""
+  """Feeds a row [B, S]; returns the proposal for the next [B, S], silence after a hole."""
   hidden, cache = feed_row(trunk, layers, cache, tokens)
   logits = trunk.logits(hidden, tokens)
   session_keys = jax.vmap(
     lambda session, row: jax.random.fold_in(jax.random.fold_in(key, session), row)
   )(jnp.arange(tokens.shape[0]), cache.row)
-  return sample(logits, temperature, session_keys), cache
+  proposal = sample(logits, temperature, session_keys)
+  return jnp.where(tokens == HOLE, trunk.streams.silence_id, proposal), cache
 
 
 class Decoder:
@@ -75,7 +77,7 @@ def decode(decoder: Decoder, given: Iterable[np.ndarray]) -> Iterator[np.ndarray
   """Yields complete rows int32 [B, S], one for each row of `given`, as they are made.
 
   Cells of `given` are token ids, holes, or FREE for the model to write; free cells of the very
-  first row are silence, for nothing has been read to write them from.
+  first row and those after a hole are silence, for there is nothing to write them from.
   """
   proposal = decoder.trunk.streams.silence_id
   for row in given:

@@ -117,7 +117,8 @@ def _with_gradients(penalties, hidden, matrix, labels, weights):
 def _scale_gradients(penalties, gradients, cotangents):
   d_sum, _ = cotangents
   d_hidden, d_matrix = gradients
-  return (d_sum * d_hidden).astype(d_hidden.dtype), d_sum * d_matrix, None, None
+  scaled = lambda gradient: (d_sum * gradient).astype(gradient.dtype)
+  return scaled(d_hidden), scaled(d_matrix), None, None
 
 
 cross_entropy.defvjp(_with_gradients, _scale_gradients)

@@ -11,24 +11,21 @@ GROUPS = ("backbone", "stream_embedding")
 
 
 def schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
-  """Learning rate by step: linear warm-up to `peak`, then constant with cooldown, or cosine."""
-  warmup = optax.linear_schedule(0.0, peak, config.warmup_steps)
+  """Learning rate by step: linear warm-up to `peak`, then constant with cooldown, or cosine.
+
+  Warm-up starts above 0 and cooldown ends above it, so that no step is taken in vain.
+  """
+  warmup = lambda step: peak * (step + 1) / max(config.warmup_steps, 1)
   rest = steps - config.warmup_steps
   if config.schedule == "cosine":
     main = optax.cosine_decay_schedule(peak, max(rest, 1), config.final_fraction)
+  elif config.cooldown_steps:
+    cooldown = optax.linear_schedule(peak, 0.0, config.cooldown_steps)
+    constant = optax.constant_schedule(peak)
+    main = optax.join_schedules([constant, cooldown], [rest - config.cooldown_steps])
   else:
-    main = optax.join_schedules(
-      [
-        optax.constant_schedule(peak),
-        optax.linear_schedule(peak, 0.0, max(config.cooldown_steps, 1)),
-      ],
-      [rest - config.cooldown_steps],
-    )
-  if config.schedule == "constant" and not config.cooldown_steps:
     main = optax.constant_schedule(peak)
-  # The first update of a warm-up is already above zero: step 0 uses the value of step 1.
-  joined = optax.join_schedules([warmup, main], [config.warmup_steps])
-  return (lambda step: joined(step + 1)) if config.warmup_steps else main
+  return optax.join_schedules([warmup, main], [config.warmup_steps])
 
 
 def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:

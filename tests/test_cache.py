@@ -1,0 +1,149 @@
+"""Feeding rows one by one against one pass over the whole grid."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msjax.config import Config, ModelConfig
+from msjax.decoding.cache import Cache, feed_row, unstack
+from msjax.streams import HOLE, Stream, Streams
+from msjax.training.state import Learner
+
+VOCAB, SILENCE, ROWS = 20, 3, 6
+KINDS = ("output", "input", "internal")
+TINY = ModelConfig(dim=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_dim=64, dtype="float32")
+# Compiling takes most of the time here, and LLVM's optimisation most of that.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def random_model(count, cfg=TINY, **rule):
+  """A model of so many streams, every weight random."""
+  specs = (f"s{i}:{KINDS[i % 3]}" for i in range(count))
+  learner = Learner(
+    Config(model=cfg), Streams(tuple(map(Stream.parse, specs)), SILENCE, **rule), VOCAB
+  )
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(learner.init, jax.random.key(0)).params
+  draw = lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype)
+  return learner.model(jax.tree.map(draw, shapes))
+
+
+@jit
+def whole_pass(model, tokens, positions=None):
+  return model.logits(model(tokens, positions=positions), tokens)
+
+
+@jit
+def feed(trunk, layers, cache, tokens, positions=None):
+  hidden, cache = feed_row(trunk, layers, cache, tokens, positions)
+  return trunk.logits(hidden, tokens), cache
+
+
+def feed_all(model, cache, tokens, positions=None):
+  """Feeds [B, R, S] row by row; returns logits [B, R, S, V] and the cache."""
+  parts, logits = unstack(model), []
+  for r in range(tokens.shape[1]):
+    at = None if positions is None else positions[:, r]
+    row, cache = feed(*parts, cache, tokens[:, r], at)
+    logits.append(row)
+  return np.stack(logits, axis=1), cache
+
+
+def random_tokens(sessions, count, seed=0):
+  """[B, R, S] with holes and silence."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, VOCAB, (sessions, ROWS, count)).astype(np.int32)
+  tokens[rng.random(tokens.shape) < 0.3] = SILENCE
+  tokens[rng.random(tokens.shape) < 0.15] = HOLE
+  return tokens
+
+
+def ragged(tokens, *starts):
+  """Sessions that begin at these rows: holes before, positions from there."""
+  row, start = np.arange(ROWS), np.array(starts)[:, None]
+  tokens = np.where((row < start)[..., None], HOLE, tokens)
+  return tokens, np.broadcast_to(np.maximum(row - start, 0)[..., None], tokens.shape)
+
+
+@pytest.mark.parametrize(
+  ("count", "same_row", "skip_silence"),
+  [
+    (1, "hidden", False),
+    (1, "visible", True),
+    (2, "hidden", True),
+    (2, "inputs", False),
+    (3, "hidden", False),
+    (3, "inputs", True),
+    (3, "ordered", False),
+    (3, "ordered", True),
+    (3, "visible", False),
+    (10, "hidden", False),
+    (10, "inputs", False),
+    (10, "visible", True),
+  ],
+)
+def test_rows_are_those_of_a_whole_pass(count, same_row, skip_silence):
+  model = random_model(count, same_row=same_row, skip_silence=skip_silence)
+  tokens, positions = ragged(random_tokens(3, count), 0, 2, 4)
+  cache = Cache.empty(model, 3, ROWS)
+  ours, cache = feed_all(model, cache, tokens, positions)  # to the last cell there is room for
+  np.testing.assert_allclose(ours, whole_pass(model, tokens, positions), atol=1e-4, rtol=0)
+  np.testing.assert_array_equal(cache.row, ROWS)
+  assert cache.capacity == ROWS * count
+
+
+MODEL = random_model(3, same_row="inputs")
+
+
+def test_sessions_may_be_at_different_rows():
+  tokens = random_tokens(2, 3)
+  expected = np.asarray(whole_pass(MODEL, tokens))
+  caches = [
+    feed_all(MODEL, Cache.empty(MODEL, 1, ROWS), tokens[[b], :fed])[1]
+    for b, fed in enumerate((2, 5))
+  ]
+  cache = jax.tree.map(lambda *x: jnp.concatenate(x), *caches)
+  np.testing.assert_array_equal(cache.row, [2, 5])
+  next_rows = np.stack([tokens[0, 2], tokens[1, 5]])
+  logits, cache = feed(*unstack(MODEL), cache, next_rows)
+  np.testing.assert_allclose(logits, [expected[0, 2], expected[1, 5]], atol=1e-4, rtol=0)
+  np.testing.assert_array_equal(cache.row, [3, 6])
+
+
+def test_a_cache_grows_on_the_way():
+  tokens = random_tokens(2, 3)
+  first, cache = feed_all(MODEL, Cache.empty(MODEL, 2, 2), tokens[:, :2])
+  cache = cache.grown(cache.capacity).grown(cache.capacity)
+  assert cache.capacity == ROWS * 3
+  rest, _ = feed_all(MODEL, cache, tokens[:, 2:])
+  ours = np.concatenate([first, rest], axis=1)
+  np.testing.assert_allclose(ours, whole_pass(MODEL, tokens), atol=1e-4, rtol=0)
+
+
+def test_what_another_session_left_behind_is_not_seen():
+  _, used = feed_all(MODEL, Cache.empty(MODEL, 2, ROWS), random_tokens(2, 3, seed=1))
+  used = dataclasses.replace(used, row=jnp.zeros_like(used.row))
+  tokens = random_tokens(2, 3)
+  ours, _ = feed_all(MODEL, used, tokens)
+  fresh, _ = feed_all(MODEL, Cache.empty(MODEL, 2, ROWS), tokens)
+  assert ours.tobytes() == fresh.tobytes()
+
+
+def test_keys_and_values_are_kept_in_the_dtype_of_activations():
+  model = random_model(2, dataclasses.replace(TINY, dtype="bfloat16"))
+  cache = Cache.empty(model, 1, ROWS)
+  _, after = jax.eval_shape(feed, *unstack(model), cache, np.zeros((1, 2), np.int32))
+  assert {x.dtype for x in (*after.k, *after.v)} == {jnp.dtype(jnp.bfloat16)}
+  assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, cache)
+
+
+def test_unstacking_leaves_the_model_whole():
+  trunk, layers = unstack(MODEL)
+  assert len(layers) == TINY.layers
+  assert not hasattr(trunk, "layers")
+  for i, layer in enumerate(layers):
+    np.testing.assert_array_equal(layer.mlp.up[...], MODEL.layers.mlp.up[...][i])

@@ -1,0 +1,443 @@
+import json
+import logging
+import os
+import re
+import signal
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from msjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from msjax.data.pipeline import held_out_batches
+from msjax.errors import InputError, RunError
+from msjax.training import loop
+from msjax.training.checkpoint import load_params
+from msjax.training.loop import Stopped, train
+from msjax.training.metrics import Metrics
+from msjax.training.state import Learner, TrainState
+from msjax.workdir import WorkDir
+
+SMALL = ModelConfig(dim=8, layers=1, heads=2, kv_heads=1, head_dim=4, mlp_dim=8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """Most runs here are of the same few programs, and none runs for long."""
+  settings = {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+    "jax_persistent_cache_min_entry_size_bytes": 0,
+  }
+  before = {name: jax.config.values[name] for name in settings}
+  for values in (settings, before):
+    for name, value in values.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    if values is settings:
+      yield
+
+
+def arithmetic(**changes):
+  """A run of 6 steps that saves every second and evaluates at the end."""
+  config = Config(
+    streams=("user:input", "think:internal", "output:output"),
+    model=SMALL,
+    data=DataConfig(source="arithmetic", rows=8, min_ops=2, max_ops=4, end_token=False),
+    optim=OptimConfig(learning_rate=1e-2),
+    train=TrainConfig(steps=6, batch=4, eval_batches=2, save_every=2, log_every=1),
+  )
+  return config.changed({name.replace("__", "."): value for name, value in changes.items()})
+
+
+def tables(path, lengths=(3, 5, 2, 7, 4, 6, 2), streams=2):
+  """Writes random tables of so many rows; returns the file's name."""
+  rng = np.random.default_rng(0)
+  with path.open("w") as file:
+    for index, rows in enumerate(lengths):
+      ids = rng.integers(0, 256, (streams, rows)).tolist()
+      file.write(json.dumps({"id": f"table-{index}", "num_rows": rows, "token_ids": ids}) + "\n")
+  return str(path)
+
+
+def packed(path, **changes):
+  """A run with everything whose position or random state a restart could lose."""
+  config = Config(
+    model=SMALL,
+    data=DataConfig(train=tables(path), rows=8, pack=True),
+    optim=OptimConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=2),
+    train=TrainConfig(steps=6, batch=4, micro_batches=2, save_every=2, log_every=1),
+  )
+  config.model.attention_dropout = 0.25
+  return config.changed({name.replace("__", "."): value for name, value in changes.items()})
+
+
+@pytest.fixture
+def light_step(monkeypatch):
+  """A step that takes no time to compile; it moves every parameter by what is in the batch."""
+
+  def step(self, state, batch):
+    moved = jax.tree.map(lambda p: p + 1e-6 * batch["tokens"].sum(), state.params)
+    zero = jnp.float32(0)
+    scalars = {"loss": batch["weights"].sum(), "gradient_norm": zero, "learning_rate": zero}
+    return TrainState(state.step + 1, moved, state.opt_state), {**scalars, "cells": zero}
+
+  monkeypatch.setattr(Learner, "step", step)
+
+
+def stopping(monkeypatch, at, number=signal.SIGTERM):
+  """Sends a signal as soon as the scalars of step `at` are read, once."""
+  read, sent = Metrics.step, []
+
+  def step(self, step, scalars):
+    if step == at and not sent:
+      sent.append(os.kill(os.getpid(), number))
+    return read(self, step, scalars)
+
+  monkeypatch.setattr(Metrics, "step", step)
+
+
+def equal(a, b):
+  """Whether two trees of parameters are the same, bit for bit."""
+  same = lambda x, y: np.asarray(x).tobytes() == np.asarray(y).tobytes()
+  return all(jax.tree.leaves(jax.tree.map(same, a, b)))
+
+
+def lines(workdir):
+  return [json.loads(line) for line in workdir.metrics.read_text().splitlines()]
+
+
+def steps_of(workdir, kind="train"):
+  return [line["step"] for line in lines(workdir) if line["kind"] == kind]
+
+
+def saved_steps(workdir):
+  return sorted(int(path.name) for path in workdir.checkpoints.iterdir())
+
+
+# Going on.
+
+
+@pytest.mark.parametrize(
+  "kind, number", [("arithmetic", signal.SIGTERM), ("packed", signal.SIGINT)]
+)
+def test_a_stopped_run_goes_on_to_the_very_same_parameters(tmp_path, monkeypatch, kind, number):
+  config = arithmetic() if kind == "arithmetic" else packed(tmp_path / "train.jsonl")
+  whole, stopped = WorkDir(tmp_path / "whole"), WorkDir(tmp_path / "stopped")
+  expected = train(config, whole)
+  stopping(monkeypatch, at=3, number=number)
+  with pytest.raises(Stopped, match="stopped by a signal and saved at step 4; run again to go on"):
+    train(config, stopped)
+  assert saved_steps(stopped)[-1] == 4
+  assert Stopped.exit_status == 42
+  again = train(config, stopped)
+  assert equal(again.params, expected.params)
+  assert equal(load_params(stopped.checkpoints, None), expected.params)
+  timeless = lambda line: {k: v for k, v in line.items() if "second" not in k}
+  assert list(map(timeless, lines(stopped))) == list(map(timeless, lines(whole)))
+  assert steps_of(stopped) == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_whose_lines_outran_its_checkpoint_takes_those_steps_again(
+  tmp_path, monkeypatch, light_step
+):
+  config, workdir = arithmetic(train__save_every=4), WorkDir(tmp_path / "run")
+  read = Metrics.step
+
+  def step(self, step, scalars):
+    values = read(self, step, scalars)
+    if step == 6:
+      raise KeyboardInterrupt  # as good as a kill: nothing is saved
+    return values
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(Metrics, "step", step)
+    train(config, workdir)
+  assert (saved_steps(workdir), steps_of(workdir)) == ([4], [1, 2, 3, 4, 5, 6])
+  again = train(config, workdir)
+  assert steps_of(workdir) == [1, 2, 3, 4, 5, 6]
+  assert equal(again.params, train(config, WorkDir(tmp_path / "whole")).params)
+
+
+@pytest.mark.usefixtures("light_step")
+def test_a_signal_during_evaluation_ends_in_a_checkpoint_of_that_step(tmp_path, monkeypatch):
+  config, workdir = arithmetic(train__eval_every=3, train__save_every=5), WorkDir(tmp_path)
+  monkeypatch.setattr(
+    loop, "evaluate", lambda *_: os.kill(os.getpid(), signal.SIGTERM) or {"loss": 9}
+  )
+  with pytest.raises(Stopped, match="saved at step 3;"):
+    train(config, workdir)
+  assert saved_steps(workdir) == [3]
+
+
+@pytest.mark.usefixtures("light_step")
+def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path, monkeypatch):
+  stopping(monkeypatch, at=6)
+  with pytest.raises(Stopped, match="saved at step 6;"):
+    train(arithmetic(), WorkDir(tmp_path))
+  assert train(arithmetic(), WorkDir(tmp_path)).params
+
+
+@pytest.mark.usefixtures("light_step")
+def test_signals_mean_again_what_they_did_before(tmp_path, monkeypatch):
+  before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+  stopping(monkeypatch, at=1)
+  with pytest.raises(Stopped):
+    train(arithmetic(), WorkDir(tmp_path))
+  assert {s: signal.getsignal(s) for s in before} == before
+
+
+@pytest.mark.usefixtures("light_step")
+def test_a_second_signal_takes_effect_at_once(tmp_path, monkeypatch):
+  stopping(monkeypatch, at=1, number=signal.SIGINT)
+  interrupt = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+  monkeypatch.setattr(loop.Checkpoints, "save", interrupt)
+  with pytest.raises(KeyboardInterrupt):
+    train(arithmetic(), WorkDir(tmp_path))
+
+
+@pytest.mark.usefixtures("light_step")
+def test_a_thread_that_may_not_handle_signals_trains_all_the_same(tmp_path):
+  done = []
+  thread = threading.Thread(target=lambda: done.append(train(arithmetic(), WorkDir(tmp_path))))
+  thread.start()
+  thread.join(timeout=120)
+  assert done and saved_steps(WorkDir(tmp_path))[-1] == 6
+
+
+@pytest.mark.usefixtures("light_step")
+def test_a_finished_run_is_read_and_not_trained(tmp_path):
+  workdir = WorkDir(tmp_path)
+  first = train(arithmetic(), workdir)
+  before = lines(workdir)
+  again = train(arithmetic(), workdir)
+  assert equal(again.params, first.params)
+  assert lines(workdir) == before
+  assert again.seconds >= before[-2]["seconds"]
+
+
+@pytest.mark.usefixtures("light_step")
+def test_more_steps_and_other_rates_go_on_and_are_logged(tmp_path, caplog):
+  caplog.set_level(logging.INFO, "absl")
+  workdir = WorkDir(tmp_path / "run")
+  train(packed(tmp_path / "train.jsonl", optim__schedule="constant"), workdir)
+  changes = {"steps": 9, "micro_batches": 1, "read_threads": 1, "keep": 5}
+  config = packed(
+    tmp_path / "train.jsonl",
+    optim__learning_rate=1e-4,
+    optim__clip_norm=0.0,
+    optim__weight_decay=0.1,
+    optim__warmup_steps=0,
+    **{f"train__{name}": value for name, value in changes.items()},
+  )
+  train(config, workdir)
+  assert steps_of(workdir) == list(range(1, 10))
+  assert "config.train.steps: 6 until now, 9 from here on" in caplog.messages
+  assert "config.optim.learning_rate: 0.01 until now, 0.0001 from here on" in caplog.messages
+
+
+@pytest.mark.usefixtures("light_step")
+def test_another_run_in_the_directory_is_refused(tmp_path):
+  train(arithmetic(train__steps=2), WorkDir(tmp_path))
+  with pytest.raises(InputError, match=r"holds a run with config.model.dim = 8, this one has 16"):
+    train(arithmetic(model__dim=16), WorkDir(tmp_path))
+  assert saved_steps(WorkDir(tmp_path)) == [2]
+
+
+# A loss that is not finite.
+
+
+@pytest.mark.parametrize("save_every, good", [(1, 1), (50, None)])
+def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, save_every, good):
+  workdir = WorkDir(tmp_path / "run")
+  config = packed(
+    tmp_path / "train.jsonl",
+    optim__learning_rate=1e30,
+    optim__schedule="constant",
+    optim__warmup_steps=0,
+    train__save_every=save_every,
+    train__keep=1,
+  )
+  with pytest.raises(RunError) as caught:
+    train(config, workdir)
+  message = str(caught.value)
+  assert re.match(r"step 2: loss \S+, gradient norm nan; last good checkpoint: ", message)
+  last = workdir.checkpoints / str(good) if good else "none"  # the older one is gone by now
+  assert f"last good checkpoint: {last}; the batch's records: table-" in message
+  named = message.rpartition(": ")[2].split(", ")
+  assert len(named) == len(set(named)) and set(named) <= {f"table-{i}" for i in range(7)}
+  assert caught.value.exit_status == 1
+  assert saved_steps(workdir) == ([good] if good else [])
+
+
+@pytest.mark.usefixtures("light_step")
+def test_the_records_that_are_named_are_those_of_the_step(tmp_path):
+  """One record alone makes the loss infinite; the step in which it comes is the one that ends."""
+  path = tmp_path / "train.jsonl"
+  tables(path, lengths=(8,) * 8)
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  rows[5]["loss_mask"] = [3e38, 3e38]
+  path.write_text("\n".join(map(json.dumps, rows)))
+  data = DataConfig(train=str(path), rows=8)
+  config = arithmetic(streams=("a:output", "b:output"), data=data, train__batch=2)
+  with pytest.raises(RunError, match=r"records: .*table-5") as caught:
+    train(config, WorkDir(tmp_path / "run"))
+  assert str(caught.value).rpartition(": ")[2].count("table-") == 2
+
+
+@pytest.mark.usefixtures("light_step")
+def test_a_checkpoint_in_flight_is_waited_for_before_the_last_good_one_is_named(
+  tmp_path, monkeypatch
+):
+  read = Metrics.step
+  nan_at_4 = lambda self, step, scalars: read(
+    self, step, {**scalars, "loss": jnp.where(step == 4, jnp.nan, scalars["loss"])}
+  )
+  monkeypatch.setattr(Metrics, "step", nan_at_4)
+  with pytest.raises(RunError, match="step 4: loss nan") as caught:
+    train(arithmetic(train__save_every=1, train__keep=1), WorkDir(tmp_path))
+  good = WorkDir(tmp_path).checkpoints / "3"
+  assert f"last good checkpoint: {good};" in str(caught.value)
+  assert saved_steps(WorkDir(tmp_path)) == [3]
+
+
+# Evaluation and the best checkpoint.
+
+
+def test_evaluation_is_the_mean_over_all_held_out_cells(tmp_path):
+  """Batches count by their cells, not one each."""
+  valid = tables(tmp_path / "valid.jsonl", lengths=(8, 8, 8, 2, 2))
+  config = packed(tmp_path / "train.jsonl", data__valid=valid, train__steps=2)
+  run = train(config, WorkDir(tmp_path / "run"))
+  scores = loop.evaluate(run.learner, run.params, run.data.valid)
+  (whole,) = held_out_batches(run.data.valid, rows=8, batch=5, pack=False)
+  labels, nats = run.learner.cell_entropy(run.params, {k: whole[k] for k in whole if k != "record"})
+  for s, name in enumerate(run.data.streams.names):
+    mean = nats[..., s].sum() / (labels[..., s] >= 0).sum()
+    np.testing.assert_allclose(scores[f"loss/{name}"], mean, rtol=1e-5)
+  np.testing.assert_allclose(scores["loss"], scores["loss/output"], rtol=1e-5)  # inputs weigh 0
+  assert lines(WorkDir(tmp_path / "run"))[-1] == {
+    "format_version": 1,
+    "kind": "valid",
+    "step": 2,
+    **scores,
+  }
+
+
+def test_evaluation_reads_so_many_batches(tmp_path):
+  run = train(arithmetic(train__steps=1), WorkDir(tmp_path))
+  batches = held_out_batches(run.data.valid, rows=8, batch=4, pack=False)
+  parts = [next(batches) for _ in range(2)]
+  both = {k: np.concatenate([p[k] for p in parts]) for k in parts[0] if k != "record"}
+  labels, nats = run.learner.cell_entropy(run.params, both)
+  scores = loop.evaluate(run.learner, run.params, run.data.valid)
+  mean = nats[..., 1].sum() / (labels[..., 1] >= 0).sum()
+  np.testing.assert_allclose(scores["loss/think"], mean, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("light_step")
+def test_the_best_checkpoint_is_kept_also_over_a_restart(tmp_path, monkeypatch):
+  losses = iter([5.0, 2.0, 3.0, 4.0, 3.5, 2.5])
+  monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": next(losses)})
+  config = arithmetic(train__eval_every=1, train__save_every=100, train__keep=1, train__steps=4)
+  workdir = WorkDir(tmp_path)
+  train(config, workdir)
+  assert saved_steps(workdir) == [2, 4]
+  train(config.changed({"train.steps": 6}), workdir)
+  assert saved_steps(workdir) == [2, 6]
+  assert steps_of(workdir, "valid") == [1, 2, 3, 4, 5, 6]
+
+
+# Starting from another run.
+
+
+@pytest.fixture
+def other(tmp_path, light_step):
+  """A run with streams user, think and output."""
+  return train(arithmetic(), WorkDir(tmp_path / "other"))
+
+
+def zeros(path, streams):
+  """Tables on which `light_step` stands still; returns the data of a run with them."""
+  record = {"num_rows": 8, "token_ids": [[0] * 8] * streams}
+  path.write_text(json.dumps(record))
+  return DataConfig(train=str(path), rows=8)
+
+
+@pytest.mark.parametrize(
+  "streams, new",
+  [
+    (("output:output", "user:input", "think:internal"), []),
+    (("output:output",), []),
+    (("user:input", "tool:input", "think:internal", "output:output"), ["tool"]),
+  ],
+  ids=["reordered", "subset", "superset"],
+)
+def test_parameters_of_another_run_are_taken_stream_by_stream(
+  tmp_path, other, caplog, streams, new
+):
+  caplog.set_level(logging.INFO, "absl")
+  config = arithmetic(
+    streams=streams,
+    data=zeros(tmp_path / "train.jsonl", len(streams)),
+    data__tokenizer=str(tmp_path / "other" / "tokenizer.json"),
+    train__steps=1,
+  )
+  alone = train(config, WorkDir(tmp_path / "alone")).params
+  taken = train(
+    config.changed({"init_from": str(tmp_path / "other")}), WorkDir(tmp_path / "run")
+  ).params
+  for i, name in enumerate(spec.partition(":")[0] for spec in streams):
+    found = alone["stream_embed"][i] if name in new else of(other, name)
+    np.testing.assert_array_equal(taken["stream_embed"][i], found)
+  rest = lambda params: {k: v for k, v in params.items() if k != "stream_embed"}
+  assert equal(rest(taken), rest(other.params)) and not equal(rest(taken), rest(alone))
+  told = [m for m in caplog.messages if m.startswith("stream ")]
+  assert told == [f"stream {name} is new: its embedding starts random" for name in new]
+
+
+def of(run, name):
+  """The embedding of a stream."""
+  return run.params["stream_embed"][run.data.streams.id(name)]
+
+
+def test_a_vocabulary_or_shape_that_differs_is_refused(tmp_path, other):
+  from_other = {"init_from": str(tmp_path / "other")}
+  text = zeros(tmp_path / "train.jsonl", streams=3)
+  with pytest.raises(
+    InputError, match=r"init_from: the vocabulary of .* \(271 tokens\) is not this"
+  ):
+    train(arithmetic(data=text, **from_other), WorkDir(tmp_path / "a"))
+  with pytest.raises(
+    InputError, match=r"init_from: .* has \['embed'\].* of shape \(271, 8\), this "
+  ):
+    train(arithmetic(model__dim=4, **from_other), WorkDir(tmp_path / "b"))
+  with pytest.raises(InputError, match=r"(config|streams).json: not found"):
+    train(arithmetic(init_from=str(tmp_path / "none")), WorkDir(tmp_path / "c"))
+
+
+@pytest.mark.usefixtures("light_step")
+def test_a_vocabulary_of_the_same_size_but_other_tokens_is_refused(tmp_path):
+  def run(name, text, **changes):
+    path = tmp_path / f"{name}.jsonl"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": text * 99}]}))
+    config = Config(
+      model=SMALL,
+      data=DataConfig(train=str(path), tokenizer="bpe:300", rows=8),
+      train=TrainConfig(steps=1, batch=2),
+    )
+    return train(config.changed(changes), WorkDir(tmp_path / name))
+
+  first = run("first", "ab ba ")
+  from_first = {"init_from": str(tmp_path / "first")}
+  with pytest.raises(
+    InputError, match=r"take its tokenizer by --config.data.tokenizer=.*/first/tok"
+  ):
+    run("second", "cd dc ", **from_first)
+  file = str(tmp_path / "first" / "tokenizer.json")
+  third = run("third", "cd dc ", **from_first, **{"data.tokenizer": file})
+  assert third.data.tokenizer.to_json() == first.data.tokenizer.to_json()
