@@ -26,6 +26,7 @@ from rich.table import Table
 
 from msjax import cli
 from msjax.config import Config, ModelConfig, OptimConfig
+from msjax.decoding.cache import unstack
 from msjax.decoding.generate import FREE, Decoder, decode
 from msjax.errors import InputError, RunError
 from msjax.streams import HOLE, Stream, Streams
@@ -64,7 +65,7 @@ class Msjax:
     learner = Learner(Config(model=MODEL, optim=OPTIM), streams, VOCAB)
     like = jax.eval_shape(learner.init, jax.random.key(0)).params
     params = jax.tree.map(jnp.asarray, params_from_hf(weights, like))
-    self._decoder = functools.partial(Decoder.of, learner.model(params))
+    self._parts = unstack(learner.model(params))
     # A step gives its state's memory away; the decoder keeps the parameters it has.
     params = jax.tree.map(jnp.copy, params)
     self._state = TrainState(jnp.zeros((), jnp.int32), params, learner.tx.init(params))
@@ -83,7 +84,7 @@ class Msjax:
   def decode(self, first_row: np.ndarray, rows: int, room: int) -> np.ndarray:
     """Continues int32 [S] in a cache with room for `room` rows; returns int32 [rows, S]."""
     given = [first_row[None]] + [np.full_like(first_row[None], FREE)] * (rows - 1)
-    return np.concatenate(list(decode(self._decoder(rows=room), given)))
+    return np.concatenate(list(decode(Decoder(*self._parts, rows=room), given)))
 
 
 class Transformers:
@@ -280,8 +281,8 @@ def main(_) -> None:
   jax.config.update("jax_platforms", "cpu")
   torch.set_num_threads(threads)
   conditions = (
-    f"float32, {S} streams; jax {jax.__version__} and torch {torch.__version__} with {threads} "
-    f"threads each, transformers {transformers.__version__}; load before: {os.getloadavg()[0]:.1f}; "
+    f"float32, {S} streams, load before {os.getloadavg()[0]:.1f}; jax {jax.__version__}, "
+    f"torch {torch.__version__} and transformers {transformers.__version__}, {threads} threads; "
     "a side's first call compiles or warms up and is in no other column"
   )
   streams = Streams(tuple(Stream.parse(f"s{i}:internal") for i in range(S)), silence_id=0)

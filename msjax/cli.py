@@ -63,7 +63,8 @@ def _parse(argv: list[str]) -> list[str]:
     close = nearest(error.flagname, flags.FLAGS)
     raise InputError(f"--{error.flagname}: no such flag{close or '; see --help'}") from None
   except flags.Error as error:
-    raise InputError(str(error)) from None
+    lines = str(error).strip().splitlines()  # more than one only of a config file: its traceback
+    raise InputError(" ".join(dict.fromkeys((lines[0].strip(), lines[-1])))) from None
   except SystemExit:  # absl ends --help with status 1
     sys.stdout.flush()
     sys.exit(0)

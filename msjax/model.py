@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
@@ -60,12 +61,13 @@ class Model:
     """
     tokens = np.asarray(tokens)
     S, V = len(self.streams), self.tokenizer.vocab_size
-    if tokens.ndim != 3 or tokens.shape[2] != S or not np.issubdtype(tokens.dtype, np.integer):
+    is_grid = tokens.ndim == 3 and tokens.shape[2] == S and tokens.size
+    if not (is_grid and np.issubdtype(tokens.dtype, np.integer)):
       raise InputError(
-        f"tokens: {tokens.dtype} of shape {tokens.shape}; expected integers [B, R, {S}], "
-        f"streams {', '.join(self.streams.names)}"
+        f"tokens: {tokens.dtype} of shape {tokens.shape}; expected integers [B, R, {S}], B and R "
+        f"at least 1, streams {', '.join(self.streams.names)}"
       )
-    if tokens.size and not (tokens.min() >= HOLE and tokens.max() < V):
+    if not (tokens.min() >= HOLE and tokens.max() < V):
       raise InputError(
         f"tokens: ids from {tokens.min()} to {tokens.max()}; expected -1 (hole) to {V - 1}"
       )
@@ -96,8 +98,11 @@ class Model:
       seed: of what is drawn.
 
     Raises:
-      InputError: an unknown stream, one that is no input, a row that is never reached.
+      InputError: an unknown stream, one that is no input, a row that is never reached, a
+        temperature below 0.
     """
+    if not 0 <= temperature < math.inf:
+      raise InputError(f"temperature: {temperature}; expected 0, the likeliest token, or more")
     schedule = Schedule(self.streams)
     given = itertools.chain(((0, stream, text) for stream, text in inputs.items()), at)
     for row, stream, text in sorted(given, key=lambda g: g[0]):  # no text is cut by an earlier one

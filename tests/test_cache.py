@@ -63,10 +63,10 @@ def random_tokens(sessions, count, seed=0):
 
 
 def ragged(tokens, *starts):
-  """Sessions that begin at these rows: holes before, positions from there."""
-  row, start = np.arange(ROWS), np.array(starts)[:, None]
-  tokens = np.where((row < start)[..., None], HOLE, tokens)
-  return tokens, np.broadcast_to(np.maximum(row - start, 0)[..., None], tokens.shape)
+  """Sessions that begin at these rows: holes before; positions from there, with jumps."""
+  row, start = np.arange(ROWS)[:, None], np.array(starts)[:, None, None]
+  jumps = np.random.default_rng(0).integers(0, 3, tokens.shape)  # RoPE would not feel a shift
+  return np.where(row < start, HOLE, tokens), np.maximum(row - start, 0) + jumps
 
 
 @pytest.mark.parametrize(

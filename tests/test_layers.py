@@ -20,11 +20,14 @@ def test_rms_norm_is_its_formula():
   np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
-def test_rms_norm_of_bfloat16_is_taken_in_float32():
-  x = jnp.full((1, 4096), 3.0, jnp.bfloat16)  # a sum of squares in bfloat16 would stop growing
-  y = rms_norm(x, jnp.ones(4096), 1e-6)
+def test_rms_norm_of_bfloat16_rounds_once():
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 256)), jnp.bfloat16)
+  y = rms_norm(x, jnp.ones(256), 1e-6)
   assert y.dtype == jnp.bfloat16
-  np.testing.assert_array_equal(np.asarray(y, np.float32), 1.0)
+  exact = np.asarray(x, np.float64)
+  exact /= np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-6)
+  half_a_step = 1.01 * 2.0**-8
+  np.testing.assert_allclose(np.asarray(y, np.float64), exact, rtol=half_a_step)
 
 
 def test_a_position_turns_every_pair_by_its_angle():

@@ -56,7 +56,7 @@ def test_a_session_depends_on_its_key_alone():
   tokens = draw(logits, jnp.float32(1), keys)
   order = np.array([2, 0, 3, 1])
   np.testing.assert_array_equal(draw(logits[order], jnp.float32(1), keys[order]), tokens[order])
-  alone = [draw(logits[[b]], jnp.float32(1), keys[[b]])[0] for b in range(4)]
+  alone = [draw(logits[[b]], jnp.float32(1), keys[b : b + 1])[0] for b in range(4)]
   np.testing.assert_array_equal(alone, tokens)
 
 

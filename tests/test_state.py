@@ -171,16 +171,17 @@ def test_remat_changes_memory_alone(policy):
 
 def test_attention_drops_in_training_alone():
   learner = learner_of(attention_dropout=0.3)
-  step, batch = jit(learner.step), cut(random_batch(), 1)
-  state = first_state()
+  step, batch, state = jit(learner.step), cut(random_batch(), 2), first_state()
+  loss = lambda state, batch: float(step(state, batch)[1]["loss"])
+  _, plain = STEP(state, cut(random_batch(), 1))
+  assert loss(state, batch) != pytest.approx(float(plain["loss"]), abs=1e-4)
   later = dataclasses.replace(state, step=state.step + 1)
-  loss = lambda step, state: float(step(state, batch)[1]["loss"])
-  assert loss(step, state) != pytest.approx(loss(STEP, state), abs=1e-4)
-  assert loss(step, state) != pytest.approx(loss(step, later), abs=1e-4)  # other masks a step
-  assert loss(STEP, state) == loss(STEP, later)
+  assert loss(later, batch) != pytest.approx(loss(state, batch), abs=1e-4)  # steps drop apart
+  swapped = jax.tree.map(lambda x: x[::-1], batch)
+  assert loss(state, swapped) != pytest.approx(loss(state, batch), abs=1e-4)  # so do micro-batches
   assert same_bits(step(state, batch), step(state, batch))
-  dropped = jit(learner.evaluate)(state.params, random_batch())
-  assert same_bits(dropped, EVALUATE(state.params, random_batch()))
+  undropped = jit(learner.evaluate)(state.params, random_batch())
+  assert same_bits(undropped, EVALUATE(state.params, random_batch()))
 
 
 def test_bfloat16_trains_float32_parameters():

@@ -159,7 +159,7 @@ def test_inputs_come_first_in_attention():
   np.testing.assert_array_equal(streams.to_attention(grid), [[11, 13, 10, 12, 21, 23, 20, 22]])
 
 
-@pytest.mark.parametrize("kinds", [("input", "output"), ("output", "internal", "input", "input")])
+@pytest.mark.parametrize("kinds", [("input", "output"), ("output", "input", "internal", "input")])
 def test_attention_order_is_undone(kinds):
   streams = stream_set(*kinds)
   grid = np.random.default_rng(0).normal(size=(2, ROWS, len(kinds), 3)).astype(np.float32)

@@ -42,7 +42,11 @@ def random_model(cfg, streams):
   return learner.model(random_params(cfg, streams))
 
 
-@jax.jit
+# Compiling takes most of the time here, and LLVM's optimisation most of that.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@jit
 def logits_of(model, tokens, segments=None, positions=None):
   return model.logits(model(tokens, segments, positions), tokens)
 
@@ -237,7 +241,7 @@ def test_packed_examples_are_those_alone():
 def test_dropout_acts_only_with_a_key():
   model = random_model(dataclasses.replace(TINY, attention_dropout=0.5), stream_set(3))
   tokens = np.random.default_rng(0).integers(0, VOCAB, (1, ROWS, 3))
-  run = jax.jit(lambda model, key: model.logits(model(tokens, dropout_key=key), tokens))
+  run = jit(lambda model, key: model.logits(model(tokens, dropout_key=key), tokens))
   a, again, other = (np.asarray(run(model, jax.random.key(i))) for i in (1, 1, 2))
   off = np.asarray(logits_of(random_model(TINY, stream_set(3)), tokens))
   assert a.tobytes() == again.tobytes()
@@ -255,7 +259,7 @@ def test_layers_drop_apart(monkeypatch):
   monkeypatch.setattr(xla, "attention", spied)
   model = random_model(dataclasses.replace(TINY, attention_dropout=0.5), stream_set(1))
   tokens = np.zeros((1, 2, 1), np.int32)
-  jax.jit(lambda model, key: model(tokens, dropout_key=key))(model, jax.random.key(0))
+  jit(lambda model, key: model(tokens, dropout_key=key))(model, jax.random.key(0))
   jax.effects_barrier()
   assert len(set(keys)) == TINY.layers
 

@@ -8,7 +8,6 @@ from typing import Protocol
 
 import grain
 import numpy as np
-from absl import flags
 
 from msjax.data.source import Example
 from msjax.errors import InputError
@@ -122,9 +121,6 @@ _PADDING = {"tokens": HOLE, "weights": 0, "segments": 0, "record": -1}
 
 def _elements(source: Source, rows: int) -> grain.MapDataset:
   """Dataset of one dict an example, not yet filled up."""
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS.mark_as_parsed()  # Grain reads absl flags; as a library nobody parsed them.
-
   def element(index: int) -> Batch:
     tokens, weights = source[index]
     if len(tokens) > rows:

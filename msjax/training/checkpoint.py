@@ -137,14 +137,19 @@ def load_params(
   path = (directory / str(steps[-1] if step is None else step)).absolute()
   logging.info("reading parameters from %s", path)
   if abstract is None:
-    abstract = ocp.checkpointables_metadata(path).metadata["params"]
+    abstract = ocp.metadata(path, "params").metadata
   return ocp.load_checkpointables(path, {"params": _placed(abstract)})["params"]
 
 
+def default_device() -> jax.sharding.Sharding:
+  """Returns the place of every array that is restored."""
+  return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+
 def _placed(abstract: Any) -> Any:
-  """Says where each array is to lie: on the default device."""
-  sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), abstract)
+  """Says where each array is to lie."""
+  place = default_device()
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
 
 
 def _steps(directory: pathlib.Path) -> list[int]:

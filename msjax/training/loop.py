@@ -21,7 +21,7 @@ from msjax.data.load import Data
 from msjax.data.pipeline import Source
 from msjax.errors import InputError, RunError
 from msjax.text.tokenizer import Tokenizer
-from msjax.training.checkpoint import Checkpoints, load_params
+from msjax.training.checkpoint import Checkpoints, default_device, load_params
 from msjax.training.metrics import Metrics
 from msjax.training.state import Learner, Params, TrainState, summarize
 from msjax.workdir import WorkDir
@@ -150,7 +150,8 @@ def _start(learner: Learner, checkpoints: Checkpoints, batches, tokenizer: Token
     state = checkpoints.restore(jax.eval_shape(learner.init, key), batches)
     logging.info("going on from step %d", int(state.step))
     return state
-  state = jax.jit(learner.init)(key)
+  # Bound to the device as a restored state is, so that a run that goes on runs the same program.
+  state = jax.jit(learner.init, out_shardings=default_device())(key)
   if config.init_from:
     params = _taken_over(learner, state.params, tokenizer, WorkDir(config.init_from))
     state = TrainState(state.step, params, learner.tx.init(params))

@@ -103,7 +103,7 @@ class Learner:
     rate = schedule(self.config.optim, self.config.train.steps, self.config.optim.learning_rate)
     scalars = {
       **summarize(sums, self.streams, self.config.loss),
-      "gradient_norm": optax.global_norm(gradients),
+      "gradient_norm": optax.tree.norm(gradients),
       "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
     }
     return TrainState(state.step + 1, params, opt_state), scalars
