@@ -1,7 +1,7 @@
 """Solving while reading: running arithmetic, answered one row after the question ends.
 
   machine   2 CPU cores
-  time      see README
+  time      a minute of training, the baseline included
   result    accuracy 1.00 on 500 held-out questions of 10 operations, the answer 1 row after `=`
             (12 in the chat baseline that the same command trains)
   command   python -m msjax.train --config=configs/quickstart.py

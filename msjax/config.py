@@ -1,7 +1,7 @@
 """The typed config tree of a run: every field, its default, its unit, and one check of it all.
 
 `configs/*.py` hold `get_config() -> Config`; a command line changes fields by
-`--config.train.steps=100`. Nothing else has defaults.
+`--config.train.steps=1000`. Nothing else has defaults.
 """
 
 import dataclasses
@@ -217,7 +217,7 @@ class Config:
 
   def baseline_run(self) -> "Config":
     """Returns the run that the report sets beside this one."""
-    return self.changed({**self.baseline, "baseline": {}, "report": ""})
+    return self.changed({"init_from": "", **self.baseline, "baseline": {}, "report": ""})
 
   def stream_set(self, silence_id: int) -> Streams:
     """Returns the run's streams and rule, for a tokenizer with this silence token."""

@@ -121,6 +121,7 @@ _PADDING = {"tokens": HOLE, "weights": 0, "segments": 0, "record": -1}
 
 def _elements(source: Source, rows: int) -> grain.MapDataset:
   """Dataset of one dict an example, not yet filled up."""
+
   def element(index: int) -> Batch:
     tokens, weights = source[index]
     if len(tokens) > rows:
