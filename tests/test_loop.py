@@ -34,12 +34,15 @@ def compiled_once(tmp_path_factory):
     "jax_persistent_cache_min_entry_size_bytes": 0,
   }
   before = {name: jax.config.values[name] for name in settings}
-  for values in (settings, before):
+
+  def use(values):
     for name, value in values.items():
       jax.config.update(name, value)
     compilation_cache.reset_cache()
-    if values is settings:
-      yield
+
+  use(settings)
+  yield
+  use(before)
 
 
 def arithmetic(**changes):
