@@ -149,7 +149,7 @@ def test_chats_of_two_are_read_and_blank_messages_left_out(monkeypatch):
   monkeypatch.setitem(sys.modules, "chitchat_dataset", package(raw))
   (found,) = chitchat.conversations()
   assert found.id == "pair"
-  assert str(found.where) == "chitchat-dataset:2"
+  assert str(found.where) == "chitchat-dataset:1"  # numbered among the chats of two
   assert [(m.role, m.content) for m in found.messages] == [("user", "hi"), ("assistant", "ho")]
   assert found.messages[1].time - found.messages[0].time == 8
 
