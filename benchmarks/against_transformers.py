@@ -253,9 +253,9 @@ def _seconds(run: Callable[[], object]) -> float:
 def table(figures: dict[str, Figures], conditions: str) -> Table:
   """Lays figures by work and side out for people; `ms` is the median."""
   out = Table(title="msjax and transformers on the same weights", caption=conditions)
-  out.add_column("work")
-  out.add_column("side")
-  for column in ("ms", "tokens/s", "rows/s", "first call s", "msjax faster by"):
+  out.add_column("work", no_wrap=True)
+  out.add_column("side", no_wrap=True)
+  for column in ("ms", "tokens/s", "rows/s", "first call s", "ratio"):
     out.add_column(column, justify="right")
   for work, sides in figures.items():
     ratio = sides["transformers"]["ms"] / sides["msjax"]["ms"]
@@ -281,9 +281,10 @@ def main(_) -> None:
   jax.config.update("jax_platforms", "cpu")
   torch.set_num_threads(threads)
   conditions = (
-    f"float32, {S} streams, load before {os.getloadavg()[0]:.1f}; jax {jax.__version__}, "
+    f"decoding {_ROWS.value} rows, training on {BATCH} x {TOKENS:,} tokens, {S} streams, float32; "
+    f"load before {os.getloadavg()[0]:.1f}; jax {jax.__version__}, "
     f"torch {torch.__version__} and transformers {transformers.__version__}, {threads} threads; "
-    "a side's first call compiles or warms up and is in no other column"
+    "a first call compiles or warms up and is in no other column"
   )
   streams = Streams(tuple(Stream.parse(f"s{i}:internal") for i in range(S)), silence_id=0)
   rng = np.random.default_rng(0)
@@ -291,8 +292,8 @@ def main(_) -> None:
   oracle = Transformers(streams, tokens)
   sides = {"msjax": Msjax(streams, oracle.weights, tokens), "transformers": oracle}
   figures = {
-    f"{_ROWS.value} rows decoded": time_decoding(sides, oracle, tokens[0, 0]),
-    f"step of {BATCH} x {TOKENS:,} tokens": time_training(sides),
+    "decoding": time_decoding(sides, oracle, tokens[0, 0]),
+    "training step": time_training(sides),
   }
   if _JSON.value:
     print(json.dumps({"conditions": conditions, **figures}))
