@@ -13,6 +13,7 @@ from msjax import cli
 from msjax.data import chitchat, formats, show
 from msjax.data.layout import LAYOUTS, Layout, convert, to_table
 from msjax.errors import InputError
+from msjax.files import replacing
 from msjax.streams import Stream, Streams
 from msjax.text import tokenizer as tokenizer_lib
 
@@ -93,7 +94,7 @@ def main(_: list[str]) -> None:
   if SHOW.value and not shown:
     raise InputError(f"--show: {SHOW.value!r} is no id and no line of a usable record")
   if HTML.value:
-    with formats.replacing(HTML.value) as file:
+    with replacing(HTML.value) as file:
       file.write(show.to_html(shown[0], tokenizer).encode())
 
 

@@ -15,6 +15,7 @@ from absl import logging
 
 from msjax.config import Config
 from msjax.errors import InputError
+from msjax.files import replacing
 from msjax.streams import Streams
 from msjax.text import tokenizer as tokenizers
 from msjax.text.tokenizer import Tokenizer
@@ -134,9 +135,8 @@ class WorkDir:
 
 def write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
   """Writes a JSON file whole or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-  os.replace(temporary, path)
+  with replacing(path) as file:
+    file.write(json.dumps(data, indent=2).encode() + b"\n")
 
 
 def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msjax.data import formats
 from msjax.data.formats import (
   BadRecords,
   Conversation,
@@ -20,6 +19,7 @@ from msjax.data.formats import (
   write,
 )
 from msjax.errors import InputError, RecordError
+from msjax.files import replacing
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 SCRIPT = {"streams": ["user"], "spans": [{"stream": "user", "row": 0, "text": "hi"}]}
@@ -278,7 +278,7 @@ def test_only_files_are_written_to(tmp_path):
 
 def test_a_link_stays_a_link(tmp_path):
   (tmp_path / "link").symlink_to(tmp_path / "real")
-  with formats.replacing(tmp_path / "link") as file:
+  with replacing(tmp_path / "link") as file:
     file.write(b"x")
   assert (tmp_path / "link").is_symlink()
   assert (tmp_path / "real").read_bytes() == b"x"

@@ -11,12 +11,13 @@ import difflib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, BinaryIO, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from absl import logging
 
 from msjax.errors import InputError, RecordError, nearest
+from msjax.files import replacing
 from msjax.streams import HOLE, KINDS
 
 LEVELS = {"messages": "messages", "spans": "spans", "table": "token_ids"}  # the field each needs
@@ -290,26 +291,6 @@ def write(path: str | os.PathLike, records: Iterable[Record]) -> int:
       file.write(json.dumps(record.to_json(), ensure_ascii=False).encode() + b"\n")
       count += 1
   return count
-
-
-@contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-  """Opens a file that takes the name `path` when the block ends well, and vanishes otherwise."""
-  final = os.path.realpath(path)
-  if os.path.exists(final) and not os.path.isfile(final):
-    raise InputError(f"{path}: is no regular file; expected the name of a file to write")
-  temporary = f"{final}.{os.getpid()}.tmp"
-  try:
-    with open(temporary, "wb") as file:
-      yield file
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, final)
-  except OSError as error:
-    raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-  finally:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-      os.unlink(temporary)
 
 
 def _lines(path: str | os.PathLike) -> Iterator[tuple[int, bytes]]:

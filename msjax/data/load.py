@@ -10,7 +10,7 @@ from msjax.config import Config
 from msjax.data import chitchat, synthetic
 from msjax.data.formats import BadRecords, Conversation, Record, Script, read
 from msjax.data.layout import Layout
-from msjax.data.pipeline import OneStream, Source
+from msjax.data.pipeline import SPLITS, OneStream, Source
 from msjax.data.source import JsonlSource, RecordSource
 from msjax.errors import InputError
 from msjax.streams import Streams
@@ -47,8 +47,7 @@ def load(config: Config, made_before: pathlib.Path | None = None) -> Data:
     streams = config.stream_set(tokenizer.silence_id)
     ops, seed = (d.min_ops, d.max_ops), config.train.seed
     sources = [
-      synthetic.Arithmetic(split, streams, tokenizer, ops, d.chat, d.rows, seed)
-      for split in synthetic.SPLITS
+      synthetic.Arithmetic(split, streams, tokenizer, ops, d.chat, d.rows, seed) for split in SPLITS
     ]
   else:
     tokenizer = _tokenizer(config, made_before)
@@ -56,7 +55,7 @@ def load(config: Config, made_before: pathlib.Path | None = None) -> Data:
     sources = _sources(config, streams, tokenizer)
   if d.only_one_stream:
     sources = [source and OneStream(source, len(streams)) for source in sources]
-  for split, source in zip(synthetic.SPLITS, sources):
+  for split, source in zip(SPLITS, sources):
     logging.info("%s: %s examples", split, f"{len(source):,}" if source else "no")
   return Data(tokenizer, streams, *sources)
 
@@ -75,7 +74,7 @@ def _sources(config: Config, streams: Streams, tokenizer: Tokenizer) -> list[Sou
       RecordSource(
         (c for c in chats if chitchat.split(c.id) == split), streams, tokenizer, layout, d.rows
       )
-      for split in synthetic.SPLITS
+      for split in SPLITS
     ]
   paths = (d.train, d.valid)
   return [

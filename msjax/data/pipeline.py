@@ -14,6 +14,7 @@ from msjax.errors import InputError
 from msjax.streams import HOLE
 
 Batch = dict[str, np.ndarray]
+SPLITS = ("train", "valid")
 
 
 class Source(Protocol):

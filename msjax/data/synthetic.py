@@ -10,13 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from msjax.data.pipeline import SPLITS
 from msjax.data.source import Example
 from msjax.errors import InputError
 from msjax.streams import Streams
 from msjax.text.tokenizer import ByteTokenizer, Tokenizer
 
 OPERATIONS = (*(f"+{k}" for k in range(1, 10)), "*3", "*7", "*9")
-SPLITS = ("train", "valid")
 _LENGTH = 2**24  # questions are made by index; no epoch of them is ever finished
 _HELD_OUT = 8  # one question in so many, by its hash
 

@@ -19,6 +19,7 @@ from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from msjax.errors import InputError, nearest
+from msjax.files import replacing
 from msjax.streams import HOLE
 
 FORMAT_VERSION = 1
@@ -126,9 +127,8 @@ class Tokenizer(abc.ABC):
   def save(self, path: str | os.PathLike) -> None:
     """Writes `to_json` to a file, or to tokenizer.json in a directory; all of it or nothing."""
     path = _tokenizer_file(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(self.to_json().encode())
-    os.replace(temporary, path)
+    with replacing(path) as file:
+      file.write(self.to_json().encode())
 
 
 class ByteTokenizer(Tokenizer):

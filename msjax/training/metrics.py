@@ -7,7 +7,6 @@ the host to read a loss.
 import contextlib
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -19,6 +18,7 @@ import tensorboardX
 from absl import logging
 
 from msjax.errors import RunError
+from msjax.files import replacing
 
 FORMAT_VERSION = 1
 
@@ -129,9 +129,8 @@ def _truncate(path: pathlib.Path, step: int) -> dict[str, Any]:
   lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
   kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
   if len(kept) < len(lines):
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+      file.write("".join(kept).encode())
   trained = [line for line in map(json.loads, kept) if line["kind"] == "train"]
   return trained[-1] if trained else {}
 

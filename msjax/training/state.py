@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -159,6 +158,3 @@ def summarize(sums: dict[str, jax.Array], streams: Streams, config: LossConfig) 
     scalars[f"spoken/{name}"] = mean(sums["entropy_spoken"][i], sums["cells_spoken"][i])
   scalars["cells"] = sums["cells"].sum()
   return scalars
-
-
-Step = Callable[[TrainState, Batch], tuple[TrainState, Scalars]]
