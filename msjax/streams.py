@@ -150,12 +150,32 @@ class Streams:
 
   @property
   def lag(self) -> int:
-    """Rows from a token of one stream to the first cell of another that can answer it.
+    """Rows from an input token to the first cell of a written stream that can answer it.
 
     A token of row r is seen in row r + 1 under `hidden`, and what is computed there is the cell of
     row r + 2. Under every other variant an input token is seen in its own row.
     """
     return 2 if self.same_row == "hidden" else 1
+
+  def lag_between(self, source: int, target: int) -> int:
+    """Rows from a token of stream `source` to the first cell of stream `target` that can answer it.
+
+    One where the target sees the source in its own row, or is the source; two elsewhere.
+    """
+    place = self.order.index
+    seen = source == target or place(source) < self._seen_of_own_row[place(target)]
+    return 1 if seen else 2
+
+  @property
+  def _seen_of_own_row(self) -> np.ndarray:
+    """How many cells of its own row, from the first on, the cell in each place sees; int32 [S]."""
+    S = len(self)
+    return {
+      "hidden": np.zeros(S, np.int32),
+      "inputs": np.full(S, len(self.of_kind("input")), np.int32),
+      "ordered": np.arange(S, dtype=np.int32),
+      "visible": np.full(S, S, np.int32),
+    }[self.same_row]
 
   # Order of cells.
 
@@ -218,17 +238,11 @@ class Streams:
   def _visibility(self, tokens, rows, start_rows, key_ok) -> Visibility:
     S = len(self)
     place = jnp.arange(S)  # in attention order
-    seen_of_own_row = {
-      "hidden": jnp.zeros_like(place),
-      "inputs": jnp.full_like(place, len(self.of_kind("input"))),
-      "ordered": place,
-      "visible": jnp.full_like(place, S),
-    }[self.same_row]
     shape = tokens.shape  # [B, R, S]
     flat = lambda x: jnp.broadcast_to(x, shape).reshape(shape[0], -1).astype(jnp.int32)
     return Visibility(
       start=flat(start_rows[..., None] * S),
-      end=flat(rows[..., None] * S + seen_of_own_row),
+      end=flat(rows[..., None] * S + self._seen_of_own_row),
       itself=flat(rows[..., None] * S + place),
       key_ok=key_ok,
     )

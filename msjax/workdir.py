@@ -42,6 +42,8 @@ class WorkDir:
 
   def __init__(self, path: str | os.PathLike):
     """Names a directory; nothing is touched yet."""
+    if "://" in str(path):
+      raise InputError(f"--workdir {path}: expected a directory; other storage is to be mounted")
     self.path = pathlib.Path(path).expanduser()
 
   @property
@@ -77,9 +79,14 @@ class WorkDir:
       file.flush()
       yield
 
+  @property
+  def begun(self) -> bool:
+    """Whether a checkpoint lies here: until then there is nothing that another run would spoil."""
+    return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+
   def claim(self, config: Config, streams: Streams, tokenizer: Tokenizer) -> None:
-    """Writes what the run is, or checks that it is the run that already lies here."""
-    if (self.path / "config.json").exists():
+    """Writes what the run is, or checks that it is the run that has begun here."""
+    if self.begun:
       self._check_same(config, streams, tokenizer)
     tokenizer.save(self.path / "tokenizer.json")
     write_json(self.path / "streams.json", streams.to_json())

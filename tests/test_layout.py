@@ -56,6 +56,12 @@ def test_turn_under_hidden_lets_an_answer_see_the_end_first():
   assert columns(chat) == ["abc····d··", "····XYW··Z"]
 
 
+def test_turn_waits_longer_for_a_stream_that_is_hidden_in_its_own_row():
+  run = streams("user:input", "think:internal", "output:output", same_row="inputs")
+  chat = conversation("user:abc", "think:T", "assistant:X")
+  assert columns(chat, run) == ["abc···", "···T··", "·····X"]
+
+
 def test_turn_ends_each_message():
   chat = conversation("user:ab", "assistant:X")
   assert columns(chat, layout=Layout()) == ["ab$···", "····X$"]

@@ -152,6 +152,17 @@ def test_lag_is_what_the_rule_allows(same_row):
   assert streams.lag == heard.index(True) + 1  # what it then computes is the next row's cell
 
 
+@pytest.mark.parametrize("same_row", SAME_ROW)
+def test_lag_between_streams_is_what_the_rule_allows(same_row):
+  streams = stream_set("output", "input", "internal", "input", same_row=same_row)
+  seen = np.asarray(streams.visibility(np.zeros((1, ROWS, 4), np.int32)).dense())[0]
+  seen = seen.reshape(ROWS, 4, ROWS, 4)
+  for i, target in enumerate(streams.order):
+    for j, source in enumerate(streams.order):
+      heard = [seen[r, i, 0, j] for r in range(ROWS)].index(True)
+      assert streams.lag_between(source, target) == heard + 1
+
+
 def test_inputs_come_first_in_attention():
   streams = stream_set("output", "input", "internal", "input")
   assert streams.order == (1, 3, 0, 2)

@@ -26,6 +26,7 @@ def workdir(tmp_path):
   workdir = WorkDir(tmp_path / "run")
   with workdir.lock():
     workdir.claim(CONFIG, CONFIG.stream_set(BYTES.silence_id), BYTES)
+  (workdir.checkpoints / "1").mkdir(parents=True)
   return workdir
 
 
@@ -66,10 +67,22 @@ def test_the_same_run_claims_its_directory_again_without_a_word(workdir, caplog)
   ],
 )
 def test_another_run_is_refused_and_touches_nothing(workdir, changes, field):
-  before = {path: path.read_bytes() for path in workdir.path.iterdir()}
+  before = {path: path.read_bytes() for path in workdir.path.iterdir() if path.is_file()}
   with pytest.raises(InputError, match=f"--workdir .*run: holds a run with config.{field}"):
     claim(workdir, CONFIG.changed(changes))
-  assert {path: path.read_bytes() for path in workdir.path.iterdir()} == before
+  assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_directory_without_a_checkpoint_is_anybodys(workdir):
+  (workdir.checkpoints / "1").rename(workdir.checkpoints / "1.orbax-checkpoint-tmp")
+  changed = CONFIG.changed({"init_from": "elsewhere"})
+  claim(workdir, changed)
+  assert workdir.config() == Config.from_json(changed.to_json())
+
+
+def test_storage_that_is_no_directory_is_refused():
+  with pytest.raises(InputError, match="--workdir gs://bucket/run: expected a directory"):
+    WorkDir("gs://bucket/run")
 
 
 @pytest.mark.parametrize(

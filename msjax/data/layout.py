@@ -198,8 +198,9 @@ def _turn(ids: Sequence[int], lengths: Sequence[int], streams: Streams) -> list[
     if not i:
       rows.append(0)
       continue
-    follows = stream == ids[i - 1] or stream in streams.of_kind("input")
-    rows.append(rows[-1] + lengths[i - 1] - 1 + (1 if follows else streams.lag))
+    fed = stream in streams.of_kind("input")  # from outside: no rule holds it back
+    lag = 1 if fed else streams.lag_between(ids[i - 1], stream)
+    rows.append(rows[-1] + lengths[i - 1] - 1 + lag)
   return rows
 
 

@@ -8,14 +8,13 @@ from msjax.decoding.generate import FREE, fill
 from msjax.model import Model
 
 QUESTIONS = 500
-OPERATIONS = 10
 _PATIENCE = 4  # rows an answer may come late before it counts as none
 
 
 def questions(model: Model, count: int = QUESTIONS) -> list[Question]:
   """Returns held-out questions of the greatest length."""
-  seed = model.config.train.seed
-  return [synthetic.question("valid", seed, i, OPERATIONS, OPERATIONS) for i in range(count)]
+  seed, ops = model.config.train.seed, model.config.data.max_ops
+  return [synthetic.question("valid", seed, i, ops, ops) for i in range(count)]
 
 
 def answered(model: Model, asked: list[Question]) -> np.ndarray:
@@ -38,7 +37,7 @@ def measure(model: Model) -> dict[str, float]:
   """
   asked = questions(model)
   grid = answered(model, asked)
-  question_end = OPERATIONS + 1
+  question_end = model.config.data.max_ops + 1
   if model.config.data.chat:
     rows = np.full(len(asked), question_end + _answer_lag(model))
     said = grid[:, rows[0], 0]
@@ -58,13 +57,13 @@ def measure(model: Model) -> dict[str, float]:
 
 def shown(model: Model, count: int) -> list[np.ndarray]:
   """Returns some answered questions, int32 [R, S] each, up to the row of the answer."""
-  end = OPERATIONS + 2 + _answer_lag(model)
+  end = model.config.data.max_ops + 2 + _answer_lag(model)
   return [grid[:end] for grid in answered(model, questions(model, count))]
 
 
 def _answer_lag(model: Model) -> int:
   """Rows from `=` to the answer as the task lays it out."""
-  return OPERATIONS + 2 if model.config.data.chat else model.streams.lag
+  return model.config.data.max_ops + 2 if model.config.data.chat else model.streams.lag
 
 
 def _listener(model: Model) -> int:

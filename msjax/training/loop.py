@@ -60,8 +60,11 @@ def train(config: Config, workdir: WorkDir) -> Trained:
     RunError: the loss is not finite, a checkpoint cannot be written, or a signal came (`Stopped`).
   """
   t = config.train
+  if jax.process_count() > 1:
+    raise InputError(f"{jax.process_count()} processes: training runs in one so far; start one")
   with workdir.lock():
-    data = data_lib.load(config, made_before=workdir.path / "tokenizer.json")
+    made_before = workdir.path / "tokenizer.json" if workdir.begun else None
+    data = data_lib.load(config, made_before)
     workdir.claim(config, data.streams, data.tokenizer)
     learner = Learner(config, data.streams, data.tokenizer.vocab_size)
     batches = pipeline.training_batches(
@@ -72,8 +75,6 @@ def train(config: Config, workdir: WorkDir) -> Trained:
       pack=config.data.pack,
       seed=t.seed,
       threads=t.read_threads,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
     )
     with Checkpoints(workdir.checkpoints, t.keep) as checkpoints, _stop_signals() as stop:
       state = _start(learner, checkpoints, batches, data.tokenizer)
@@ -113,6 +114,9 @@ def train(config: Config, workdir: WorkDir) -> Trained:
             checkpoints.wait()
             raise Stopped(f"stopped by a signal and saved at step {step}; run again to go on")
         seconds = metrics.seconds
+      if stop.is_set():  # asked for while the last step was being saved
+        checkpoints.wait()
+        raise Stopped(f"stopped by a signal and saved at step {t.steps}; run again to go on")
   return Trained(learner, state.params, data, seconds)
 
 
@@ -156,7 +160,10 @@ def _start(learner: Learner, checkpoints: Checkpoints, batches, tokenizer: Token
     params = _taken_over(learner, state.params, tokenizer, WorkDir(config.init_from))
     state = TrainState(state.step, params, learner.tx.init(params))
   count = sum(p.size for p in jax.tree.leaves(state.params))
-  logging.info("%s parameters, %s", f"{count:,}", jax.devices()[0].platform)
+  logging.info(
+    "%s parameters on one of %d %s devices",
+    *(f"{count:,}", jax.device_count(), jax.default_backend()),
+  )
   return state
 
 
