@@ -462,7 +462,9 @@ def answers(tmp_path_factory):
     with WorkDir("taken").lock():
       WorkDir("taken").claim(config, config.stream_set(tokenizer.silence_id), tokenizer)
     (path / "taken" / "metrics.jsonl").write_text("{}\n")
-    contents = lambda: {p: p.read_bytes() for p in path.glob("taken/*") if p.name != ".lock"}
+    (path / "taken" / "checkpoints" / "1").mkdir(parents=True)
+    mine = lambda p: p.is_file() and p.name != ".lock"
+    contents = lambda: {p: p.read_bytes() for p in path.glob("taken/**/*") if mine(p)}
     before = contents()
     lines = [file_line(name) for name in WRONG_FILES]
     lines += [line for part in (WRONG_FLAGS, REFUSED_BY_THE_SYSTEM) for line in part]
