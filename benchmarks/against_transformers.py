@@ -26,7 +26,7 @@ from rich.table import Table
 
 from msjax import cli
 from msjax.config import Config, ModelConfig, OptimConfig
-from msjax.decoding.cache import unstack
+from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode
 from msjax.errors import InputError, RunError
 from msjax.streams import HOLE, Stream, Streams
@@ -65,7 +65,7 @@ class Msjax:
     learner = Learner(Config(model=MODEL, optim=OPTIM), streams, VOCAB)
     like = jax.eval_shape(learner.init, jax.random.key(0)).params
     params = jax.tree.map(jnp.asarray, params_from_hf(weights, like))
-    self._parts = unstack(learner.model(params))
+    self._model = Unrolled.of(learner.model(params))
     # A step gives its state's memory away; the decoder keeps the parameters it has.
     params = jax.tree.map(jnp.copy, params)
     self._state = TrainState(jnp.zeros((), jnp.int32), params, learner.tx.init(params))
@@ -84,7 +84,7 @@ class Msjax:
   def decode(self, first_row: np.ndarray, rows: int, room: int) -> np.ndarray:
     """Continues int32 [S] in a cache with room for `room` rows; returns int32 [rows, S]."""
     given = [first_row[None]] + [np.full_like(first_row[None], FREE)] * (rows - 1)
-    return np.concatenate(list(decode(Decoder(*self._parts, rows=room), given)))
+    return np.concatenate(list(decode(Decoder(self._model, rows=room), given)))
 
 
 class Transformers:

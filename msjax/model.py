@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from msjax.config import Config
-from msjax.decoding.cache import unstack
+from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode
 from msjax.errors import InputError
 from msjax.streams import HOLE, Streams
@@ -48,7 +48,7 @@ class Model:
     learner = Learner(config, streams, tokenizer.vocab_size)
     self.module = learner.model(params)
     self._logits = jax.jit(lambda model, tokens: model.logits(model(tokens), tokens))
-    self._parts = None
+    self._unrolled = None
 
   def logits(self, tokens: np.ndarray | jax.Array) -> jax.Array:
     """What the model predicts at every cell of whole grids.
@@ -75,9 +75,9 @@ class Model:
 
   def decoder(self, **kwargs) -> Decoder:
     """Returns a `Decoder` of this model: rows of token ids, many sessions."""
-    if self._parts is None:
-      self._parts = unstack(self.module)
-    return Decoder(*self._parts, **kwargs)
+    if self._unrolled is None:
+      self._unrolled = Unrolled.of(self.module)
+    return Decoder(self._unrolled, **kwargs)
 
   def generate(
     self,

@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from msjax.config import Config, ModelConfig, RopeScaling
+from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, fill
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.state import Learner, TrainState
@@ -261,5 +262,7 @@ def test_release_writes_the_same_rows(golden):
   given[0, 0] = figures["seed_row"]
   given[0, :, 0] = learner.streams.silence_id
   given[0, 2 : 2 + len(user), 0] = user
-  decoder = Decoder.of(learner.model(params), rows=4)  # so that the cache grows on the way
+  decoder = Decoder(
+    Unrolled.of(learner.model(params)), rows=4
+  )  # so that the cache grows on the way
   np.testing.assert_array_equal(fill(decoder, given)[0], theirs)

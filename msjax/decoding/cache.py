@@ -1,8 +1,4 @@
-"""The key/value cache, and the pass that feeds one row of every session against it.
-
-Layers are unrolled and each has arrays of its own: on CPU a scan over stacked layers copies every
-slice, which costs three to five times the pass itself. `[B, K, M, H]` keeps a head's keys together.
-"""
+"""The key/value cache, and the pass that feeds one row of every session against it."""
 
 import dataclasses
 import functools
@@ -11,9 +7,46 @@ import jax
 import jax.numpy as jnp
 
 from msjax.kernels import xla
-from msjax.models.transformer import Block, Transformer
+from msjax.models.transformer import Block, Transformer, read_out
 
-Layers = tuple[Block, ...]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unrolled:
+  """A model cut up for decoding, once and for all rows.
+
+  On CPU a scan over stacked layers copies every slice, which takes three to five times as long as
+  the pass itself, and a product with the rows of the output matrix a quarter longer than with its
+  columns. Matrices have the dtype of activations, so that no row casts them.
+
+  Attributes:
+    trunk: the parts around the layers.
+    layers: each with arrays of its own.
+    columns: [D, V], the output matrix.
+  """
+
+  trunk: Transformer
+  layers: tuple[Block, ...]
+  columns: jax.Array
+
+  @classmethod
+  def of(cls, model: Transformer) -> "Unrolled":
+    """Cuts up a model, which stays as it is."""
+    return _unrolled(model)
+
+  def logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """As `Transformer.logits`."""
+    return read_out(hidden, self.columns, tokens)
+
+
+@jax.jit
+def _unrolled(model: Transformer) -> Unrolled:
+  cast = lambda p: p if p.ndim < 2 else p.astype(model.dtype)  # norm scales stay float32
+  layer = lambda i: jax.tree.map(lambda stacked: cast(stacked[i]), model.layers)
+  trunk = jax.tree.map(lambda p: p, model)
+  trunk.head = None
+  del trunk.layers
+  return Unrolled(trunk, tuple(map(layer, range(model.cfg.layers))), cast(model.output_matrix.T))
 
 
 @jax.tree_util.register_dataclass
@@ -22,7 +55,8 @@ class Cache:
   """What B sessions have been fed.
 
   Attributes:
-    k: per layer [B, K, M, H], rotated keys, cells in attention order, rows one after another.
+    k: per layer [B, K, M, H], rotated keys, cells in attention order, rows one after another; in
+      this order of axes a head's keys lie together.
     v: per layer [B, K, M, H].
     key_ok: bool [B, M], which cells others may see.
     row: int32 [B], rows fed so far; the next one is written at cell `row * S`.
@@ -35,13 +69,13 @@ class Cache:
 
   @property
   def capacity(self) -> int:
-    """M, in cells."""
+    """M, in cells: whole key blocks, for attention would copy what is not."""
     return self.key_ok.shape[1]
 
   @classmethod
   def empty(cls, model: Transformer, batch: int, rows: int) -> "Cache":
-    """Returns room for `rows` rows of `batch` sessions."""
-    cfg, M = model.cfg, rows * len(model.streams)
+    """Returns room for `rows` rows of `batch` sessions, or a few more."""
+    cfg, M = model.cfg, -(-rows * len(model.streams) // xla.KEY_BLOCK) * xla.KEY_BLOCK
     zeros = lambda: tuple(
       jnp.zeros((batch, cfg.kv_heads, M, cfg.head_dim), model.dtype) for _ in range(cfg.layers)
     )
@@ -54,17 +88,8 @@ class Cache:
     return Cache(tuple(map(more, self.k)), tuple(map(more, self.v)), key_ok, self.row)
 
 
-def unstack(model: Transformer) -> tuple[Transformer, Layers]:
-  """Cuts a model, once and for all rows, into the parts around the layers and the layers."""
-  layer = lambda i: jax.tree.map(lambda stacked: stacked[i], model.layers)
-  trunk = jax.tree.map(lambda p: p, model)
-  del trunk.layers
-  return trunk, tuple(layer(i) for i in range(model.cfg.layers))
-
-
 def feed_row(
-  trunk: Transformer,
-  layers: Layers,
+  model: Unrolled,
   cache: Cache,
   tokens: jax.Array,
   positions: jax.Array | None = None,
@@ -72,8 +97,7 @@ def feed_row(
   """Feeds one row of every session; the caller sees to it that the cache has room.
 
   Args:
-    trunk: the parts around the layers, from `unstack`.
-    layers: from `unstack`.
+    model: cut up.
     cache: best donated.
     tokens: int32 [B, S], by stream id; -1 is a hole.
     positions: int32 [B, S], or None for the index of the row.
@@ -81,7 +105,7 @@ def feed_row(
   Returns:
     Hidden states [B, S, D], normed, as the whole-grid pass gives for this row; the cache with it.
   """
-  streams = trunk.streams
+  trunk, streams = model.trunk, model.trunk.streams
   if positions is None:
     positions = jnp.broadcast_to(cache.row[:, None], tokens.shape)
   at = cache.row * len(streams)
@@ -93,7 +117,7 @@ def feed_row(
   rope = trunk.rope(streams.to_attention(positions[:, None]))
   x = streams.to_attention(trunk.embedded(tokens)[:, None])
   k_cache, v_cache = list(cache.k), list(cache.v)
-  for i, block in enumerate(layers):
+  for i, block in enumerate(model.layers):
     attend = functools.partial(_attend_cache, k_cache, v_cache, i, at, visibility)
     x = block(x, rope, attend)
   hidden = streams.from_attention(trunk.normed(x))[:, 0]

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.decoding.cache import Cache, Layers, feed_row, unstack
+from msjax.decoding.cache import Cache, Unrolled, feed_row
 from msjax.decoding.sampling import sample
-from msjax.models.transformer import Transformer
 from msjax.streams import HOLE
 
 FREE = -2  # in a row that is handed in: let the model write this cell
@@ -20,21 +19,20 @@ FREE = -2  # in a row that is handed in: let the model write this cell
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _tick(
-  trunk: Transformer,
-  layers: Layers,
+  model: Unrolled,
   cache: Cache,
   tokens: jax.Array,
   temperature: jax.Array,
   key: jax.Array,
 ) -> tuple[jax.Array, Cache]:
   """Feeds a row [B, S]; returns the proposal for the next [B, S], silence after a hole."""
-  hidden, cache = feed_row(trunk, layers, cache, tokens)
-  logits = trunk.logits(hidden, tokens)
+  hidden, cache = feed_row(model, cache, tokens)
+  logits = model.logits(hidden, tokens)
   session_keys = jax.vmap(
     lambda session, row: jax.random.fold_in(jax.random.fold_in(key, session), row)
   )(jnp.arange(tokens.shape[0]), cache.row)
   proposal = sample(logits, temperature, session_keys)
-  return jnp.where(tokens == HOLE, trunk.streams.silence_id, proposal), cache
+  return jnp.where(tokens == HOLE, model.trunk.streams.silence_id, proposal), cache
 
 
 class Decoder:
@@ -42,8 +40,7 @@ class Decoder:
 
   def __init__(
     self,
-    trunk: Transformer,
-    layers: Layers,
+    model: Unrolled,
     batch: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
@@ -51,23 +48,18 @@ class Decoder:
   ):
     """Makes room for `rows` rows to begin with; what is drawn depends on seed, session, row and
     stream alone."""
-    self.trunk, self.layers = trunk, layers
+    self.model, self.streams = model, model.trunk.streams
     self.temperature = jnp.float32(temperature)
     self.key = jax.random.key(seed)
-    self.cache = Cache.empty(trunk, batch, rows)
+    self.cache = Cache.empty(model.trunk, batch, rows)
     self.rows_fed = 0
-
-  @classmethod
-  def of(cls, model: Transformer, **kwargs) -> "Decoder":
-    """Takes a whole model; for one already cut by `unstack` use the constructor."""
-    return cls(*unstack(model), **kwargs)
 
   def feed(self, row: np.ndarray) -> jax.Array:
     """Feeds a row int32 [B, S], returns the proposal for the next, int32 [B, S]."""
-    if (self.rows_fed + 1) * len(self.trunk.streams) > self.cache.capacity:
+    if (self.rows_fed + 1) * len(self.streams) > self.cache.capacity:
       self.cache = self.cache.grown(self.cache.capacity)
     proposal, self.cache = _tick(
-      self.trunk, self.layers, self.cache, jnp.asarray(row), self.temperature, self.key
+      self.model, self.cache, jnp.asarray(row), self.temperature, self.key
     )
     self.rows_fed += 1
     return proposal
@@ -79,7 +71,7 @@ def decode(decoder: Decoder, given: Iterable[np.ndarray]) -> Iterator[np.ndarray
   Cells of `given` are token ids, holes, or FREE for the model to write; free cells of the very
   first row and those after a hole are silence, for there is nothing to write them from.
   """
-  proposal = decoder.trunk.streams.silence_id
+  proposal = decoder.streams.silence_id
   for row in given:
     row = np.where(row == FREE, proposal, row).astype(np.int32)
     yield row

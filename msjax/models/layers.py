@@ -1,4 +1,4 @@
-"""The pieces between matrix products: RMSNorm and rotary positions."""
+"""The pieces of a layer: matrix product, RMSNorm, rotary positions."""
 
 import math
 
@@ -6,6 +6,29 @@ import jax
 import jax.numpy as jnp
 
 from msjax.config import RopeScaling
+
+
+@jax.custom_vjp
+def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+  """[..., D] x [D, F] -> [..., F] in x's dtype.
+
+  The matrix's gradient is written x^T g. JAX's own (g^T x)^T makes XLA on CPU transpose g together
+  with all that g is computed from, which takes as long as the product.
+  """
+  return x @ matrix.astype(x.dtype)
+
+
+def _product_saving(x, matrix):
+  return product(x, matrix), (x, matrix)
+
+
+def _product_gradients(saved, g):
+  x, matrix = saved
+  flat = lambda a: a.reshape(-1, a.shape[-1])
+  return g @ matrix.T.astype(g.dtype), (flat(x).T @ flat(g)).astype(matrix.dtype)
+
+
+product.defvjp(_product_saving, _product_gradients)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

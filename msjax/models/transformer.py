@@ -14,7 +14,7 @@ from flax import nnx
 
 from msjax.config import ModelConfig
 from msjax.kernels import xla
-from msjax.models.layers import rms_norm, rope_angles, rotate
+from msjax.models.layers import product, rms_norm, rope_angles, rotate
 from msjax.streams import HOLE, Streams
 
 Rope = tuple[jax.Array, jax.Array]
@@ -59,18 +59,25 @@ class Attention(nnx.Module):
 
   def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
-    project = lambda w, b: _plus(jnp.einsum("bld,dnh->blnh", x, w[...].astype(x.dtype)), b)
     q, k, v = (
-      project(self.q, self.q_bias),
-      project(self.k, self.k_bias),
-      project(self.v, self.v_bias),
+      _plus(_to_heads(x, w[...]), b)
+      for w, b in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
     )
     if self.q_norm is not None:
       q = rms_norm(q, self.q_norm[...], self.eps)
       k = rms_norm(k, self.k_norm[...], self.eps)
     attended = attend(rotate(q, *rope), rotate(k, *rope), v)
-    out = jnp.einsum("blnh,nhd->bld", attended, self.out[...].astype(x.dtype))
-    return _plus(out, self.out_bias)
+    return _plus(_from_heads(attended, self.out[...]), self.out_bias)
+
+
+def _to_heads(x, w):
+  """[B, L, D] x [D, N, H] -> [B, L, N, H]."""
+  return product(x, w.reshape(len(w), -1)).reshape(*x.shape[:2], *w.shape[1:])
+
+
+def _from_heads(x, w):
+  """[B, L, N, H] x [N, H, D] -> [B, L, D]."""
+  return product(x.reshape(*x.shape[:2], -1), w.reshape(-1, w.shape[-1]))
 
 
 class Mlp(nnx.Module):
@@ -88,9 +95,9 @@ class Mlp(nnx.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
-    gate = _plus(x @ self.gate[...].astype(x.dtype), self.gate_bias)
-    up = _plus(x @ self.up[...].astype(x.dtype), self.up_bias)
-    return _plus((jax.nn.silu(gate) * up) @ self.down[...].astype(x.dtype), self.down_bias)
+    gate = _plus(product(x, self.gate[...]), self.gate_bias)
+    up = _plus(product(x, self.up[...]), self.up_bias)
+    return _plus(product(jax.nn.silu(gate) * up, self.down[...]), self.down_bias)
 
 
 class Block(nnx.Module):
@@ -187,9 +194,7 @@ class Transformer(nnx.Module):
 
   def logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
     """Logits of hidden states [..., D] for tokens [...]: float32 [..., V], 0 at holes."""
-    matrix = self.output_matrix.astype(hidden.dtype)
-    logits = jnp.einsum("...d,vd->...v", hidden, matrix, preferred_element_type=jnp.float32)
-    return jnp.where((tokens != HOLE)[..., None], logits, 0.0)
+    return read_out(hidden, self.output_matrix.T, tokens)
 
   @property
   def dtype(self) -> jnp.dtype:
@@ -197,6 +202,12 @@ class Transformer(nnx.Module):
     if self.cfg.dtype != "auto":
       return jnp.dtype(self.cfg.dtype)
     return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def read_out(hidden: jax.Array, columns: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Logits by the columns [D, V] of the output matrix; see `Transformer.logits`."""
+  logits = jnp.matmul(hidden, columns.astype(hidden.dtype), preferred_element_type=jnp.float32)
+  return jnp.where((tokens != HOLE)[..., None], logits, 0.0)
 
 
 def _attend_grid(q, k, v, visibility, dropout):
