@@ -115,7 +115,7 @@ class TrainConfig:
   seed: int = 0
   log_every: int = 50  # steps
   eval_every: int = 0  # steps; 0: at the end only
-  eval_batches: int = 0  # batches of held-out data an evaluation reads; 0: all of it
+  eval_batches: int = 0  # held-out batches of `batch` that an evaluation reads; 0: all of it
   save_every: int = 500  # steps
   keep: int = 2  # latest checkpoints kept, the best by held-out loss besides
   read_threads: int = 4
@@ -208,7 +208,26 @@ class Config:
       self.report,
       "held-out text beside it, as by data.valid=FILE",
     )
-    self.stream_set(silence_id=0)
+    if m.rope_scaling is not None:
+      scaling = "factor low_freq_factor high_freq_factor original_max_position"
+      _positive(m.rope_scaling, "model.rope_scaling", scaling)
+      _check(
+        m.rope_scaling.low_freq_factor < m.rope_scaling.high_freq_factor,
+        "model.rope_scaling.low_freq_factor",
+        m.rope_scaling.low_freq_factor,
+        f"less than high_freq_factor ({m.rope_scaling.high_freq_factor})",
+      )
+    streams = self.stream_set(silence_id=0)
+    _check(streams.weights.any(), "streams", self.streams, "one with a loss weight above 0")
+    least = streams.lag if d.layout == "wait_k" else math.inf
+    _check(
+      d.wait_k == 0 or d.wait_k >= least,
+      "data.wait_k",
+      d.wait_k,
+      f"0 or at least {least} with same_row={self.same_row}"
+      if d.layout == "wait_k"
+      else f"0 with data.layout={d.layout}",
+    )
     if self.baseline:
       try:
         self.baseline_run().validate()

@@ -12,7 +12,7 @@ from msjax.data.show import RowPrinter
 from msjax.errors import InputError
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a trained run")
-_STEP = flags.DEFINE_integer("step", None, "checkpoint to use, by default the latest")
+_STEP = flags.DEFINE_string("step", "latest", "checkpoint: steps taken, latest or best")
 _USER = flags.DEFINE_string("user", None, "text for the stream user, read from row 0 on")
 _AT = flags.DEFINE_multi_string("at", [], "ROW:STREAM:TEXT, text for an input stream; repeatable")
 _ROWS = flags.DEFINE_integer(
@@ -27,8 +27,6 @@ def main(_) -> None:
   """Prints the rows, and under a table what each stream said."""
   if not _WORKDIR.value:
     raise InputError("--workdir: not given; expected the work directory of a trained run")
-  if _ROWS.value is not None and _ROWS.value < 1:
-    raise InputError(f"--rows: {_ROWS.value}; expected 1 or more")
   at = [_placed(text) for text in _AT.value]
   model = msjax.load(_WORKDIR.value, step=_STEP.value)
   rows = model.generate(

@@ -1,6 +1,5 @@
 """A trained model as its users hold it: streams, tokenizer, logits, rows."""
 
-import dataclasses
 import itertools
 import math
 import os
@@ -101,6 +100,8 @@ class Model:
       InputError: an unknown stream, one that is no input, a row that is never reached, a
         temperature below 0.
     """
+    if rows is not None and rows < 1:
+      raise InputError(f"rows: {rows}; expected 1 or more")
     if not 0 <= temperature < math.inf:
       raise InputError(f"temperature: {temperature}; expected 0, the likeliest token, or more")
     schedule = Schedule(self.streams)
@@ -113,6 +114,8 @@ class Model:
 
   def _said(self, text: str) -> list[int]:
     """Tokens of a message, ended as messages were in training."""
+    if not isinstance(text, str):
+      raise InputError(f"text {text!r}: expected a str, not {type(text).__name__}")
     ids = self.tokenizer.encode(text)
     return [*ids, self.tokenizer.end_id] if self.config.data.end_token else ids
 
@@ -122,12 +125,13 @@ class Model:
     hushed = (self.streams.silence_id, self.tokenizer.end_id)
     texts = [self.tokenizer.stream_decoder() for _ in names]
     limit = schedule.rows + _LONGEST_ANSWER if rows is None else rows
-    decoder = self.decoder(temperature=temperature, seed=seed)
+    room = 2 ** math.ceil(math.log2(limit))  # so that texts of like lengths share a program
+    decoder = self.decoder(temperature=temperature, seed=seed, rows=room)
     quiet = 0
     for index, (row,) in enumerate(decode(decoder, (schedule.row(r)[None] for r in range(limit)))):
       ids = [int(i) for i in row]
-      read = index >= schedule.rows - 1
-      quiet = quiet + 1 if read and all(ids[s] in hushed for s in written) else 0
+      all_read = index >= schedule.rows
+      quiet = quiet + 1 if all_read and all(ids[s] in hushed for s in written) else 0
       last = index == limit - 1 or (rows is None and quiet == _QUIET_ROWS)
       text = [t.push(i) + (t.flush() if last else "") for t, i in zip(texts, ids)]
       yield Row(index, dict(zip(names, ids)), dict(zip(names, text)))
@@ -135,26 +139,27 @@ class Model:
         return
 
 
-@dataclasses.dataclass
 class Schedule:
-  """Which tokens the input streams get in which row."""
+  """Which tokens the input streams get in which row.
 
-  streams: Streams
+  A model without input streams, such as a plain language model, is given text in any stream.
+  """
 
-  def __post_init__(self):
+  def __init__(self, streams: Streams):
     """Starts empty."""
-    self._cells: list[dict[int, int]] = [{} for _ in self.streams.names]
+    self.streams = streams
+    self._cells: list[dict[int, int]] = [{} for _ in streams.names]  # token by row
 
   def put(self, row: int, stream: str, ids: list[int]) -> None:
-    """Appends tokens to an input stream from `row` on, or from where it has been read to."""
-    s = self.streams.id(stream)
-    if self.streams.streams[s].kind != "input":
-      inputs = ", ".join(self.streams.names[i] for i in self.streams.of_kind("input")) or "none"
+    """Appends tokens to a stream from `row` on, or from where it has been read to."""
+    s, inputs = self.streams.id(stream), self.streams.of_kind("input")
+    if inputs and s not in inputs:
+      names = ", ".join(self.streams.names[i] for i in inputs)
       raise InputError(
-        f"stream {stream!r}: the model writes it; text can be put into input streams: {inputs}"
+        f"stream {stream!r}: the model writes it; text can be put into input streams: {names}"
       )
-    if row < 0:
-      raise InputError(f"row {row} for stream {stream!r}: expected 0 or more")
+    if not (isinstance(row, int) and row >= 0):
+      raise InputError(f"row {row} for stream {stream!r}: expected a whole number, 0 or more")
     cells = self._cells[s]
     for id in ids:
       while row in cells:
@@ -168,18 +173,18 @@ class Schedule:
 
   def row(self, index: int) -> np.ndarray:
     """Returns int32 [S]: given tokens, silence in idle input streams, FREE elsewhere."""
-    silence = self.streams.silence_id
+    idle = {"input": self.streams.silence_id}
     return np.array(
       [
-        cells.get(index, silence) if stream.kind == "input" else FREE
+        cells.get(index, idle.get(stream.kind, FREE))
         for stream, cells in zip(self.streams.streams, self._cells)
       ],
       np.int32,
     )
 
 
-def load(workdir: str | os.PathLike, step: int | None = None) -> Model:
-  """Loads a run: its latest checkpoint, or that of `step`."""
+def load(workdir: str | os.PathLike, step: int | str = "latest") -> Model:
+  """Loads a run: its checkpoint of a step, the `latest`, or the `best` by held-out loss."""
   directory = WorkDir(workdir)
   config, streams, tokenizer = directory.config(), directory.streams(), directory.tokenizer()
   learner = Learner(config, streams, tokenizer.vocab_size)

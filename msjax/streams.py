@@ -38,6 +38,20 @@ class Stream:
   kind: str
   weight: float
 
+  def __post_init__(self):
+    """Checks every field."""
+    if not (isinstance(self.name, str) and self.name):
+      raise InputError(f"stream {self.name!r}: expected a name")
+    if self.kind not in KINDS:
+      raise InputError(
+        f"stream {self.name!r}: kind {self.kind!r} is none of {', '.join(KINDS)}"
+        f"{nearest(str(self.kind), KINDS)}"
+      )
+    if not (isinstance(self.weight, int | float) and 0 <= self.weight < float("inf")):
+      raise InputError(
+        f"stream {self.name!r}: weight {self.weight!r}; expected a number, finite and not negative"
+      )
+
   @classmethod
   def parse(cls, spec: str) -> "Stream":
     """Reads `name:kind` or `name:kind:weight`, as in `user:input`; a name may hold colons."""
@@ -48,16 +62,10 @@ class Stream:
       name, _, kind = name.rpartition(":")
     if not name:
       raise InputError(f"stream {spec!r}: expected name:kind or name:kind:weight, as in user:input")
-    if kind not in KINDS:
-      raise InputError(
-        f"stream {spec!r}: kind {kind!r} is none of {', '.join(KINDS)}{nearest(kind, KINDS)}"
-      )
     try:
       weight = float(kind != "input") if weight is None else float(weight)
     except ValueError:
       raise InputError(f"stream {spec!r}: weight {weight!r} is no number") from None
-    if not 0 <= weight < float("inf"):
-      raise InputError(f"stream {spec!r}: weight {weight} must be finite and not negative")
     return cls(name, kind, weight)
 
   def __str__(self) -> str:
@@ -114,6 +122,8 @@ class Streams:
     doubled = sorted({n for n in names if names.count(n) > 1})
     if doubled:
       raise InputError(f"streams: {doubled[0]!r} stands twice; names must differ")
+    if not isinstance(self.silence_id, int):
+      raise InputError(f"streams: silence_id {self.silence_id!r}; expected the id of a token")
     if self.same_row not in SAME_ROW:
       raise InputError(
         f"same_row: {self.same_row!r} is none of {', '.join(SAME_ROW)}"
@@ -300,12 +310,15 @@ class Streams:
         f"streams.json: format_version {json.dumps(data.get('format_version'))}, "
         f"this msjax reads {FORMAT_VERSION}"
       )
-    return cls(
-      tuple(Stream(**s) for s in data["streams"]),
-      data["silence_id"],
-      data["same_row"],
-      data["skip_silence"],
-    )
+    try:
+      return cls(
+        tuple(Stream(**s) for s in data["streams"]),
+        data["silence_id"],
+        data["same_row"],
+        data["skip_silence"],
+      )
+    except (KeyError, TypeError) as error:
+      raise InputError(f"streams.json: {error}; expected what msjax wrote there") from None
 
 
 def _segment_start(tokens: jax.Array, segments: jax.Array | None) -> jax.Array:

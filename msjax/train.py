@@ -43,7 +43,10 @@ def main(_) -> None:
     logging.info("baseline: the same run with %s", config.baseline)
     baseline = train(config.baseline_run(), workdir.baseline)
   if config.report:
-    workdir.write_report(reports.REPORTS[config.report](trained, baseline))
+    report = reports.REPORTS[config.report]
+    figures = report.measure(trained, baseline)
+    workdir.write_report(figures)
+    report.show(trained, figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """What lies in a run's work directory, and who may write there.
 
-config.json  streams.json  tokenizer.json  checkpoints/  metrics.jsonl  report.json  .lock
+config.json  streams.json  tokenizer.json  data.json  .lock
+checkpoints/  metrics.jsonl  tensorboard/  report.json  baseline/
 """
 
 import contextlib
@@ -8,7 +9,7 @@ import fcntl
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from absl import logging
@@ -20,7 +21,7 @@ from msjax.streams import Streams
 from msjax.text import tokenizer as tokenizers
 from msjax.text.tokenizer import Tokenizer
 
-REPORT_VERSION = 1
+REPORT_VERSION = DATA_VERSION = 1
 
 # Fields that make a run what it is: going on with another value would be another run.
 _IDENTITY = (
@@ -33,8 +34,9 @@ _IDENTITY = (
   "train.batch",
   "train.seed",
 )
-# Fields that may change without a word: how computation is cut, where and how often it is told.
-_FREE = ("model.remat", "data.on_bad_record", "workdir")
+# Fields that may change without a word: how computation is cut, where things lie (data.json tells
+# whether the data is the same).
+_FREE = ("model.remat", "data.on_bad_record", "data.train", "data.valid", "workdir")
 
 
 class WorkDir:
@@ -84,15 +86,30 @@ class WorkDir:
     """Whether a checkpoint lies here: until then there is nothing that another run would spoil."""
     return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
 
-  def claim(self, config: Config, streams: Streams, tokenizer: Tokenizer) -> None:
-    """Writes what the run is, or checks that it is the run that has begun here."""
+  def claim(
+    self,
+    config: Config,
+    streams: Streams,
+    tokenizer: Tokenizer,
+    fingerprints: Mapping[str, str],
+  ) -> None:
+    """Writes what the run is, or checks that it is the run that has begun here.
+
+    Args:
+      config: valid.
+      streams: with the tokenizer's silence token.
+      tokenizer: of the data.
+      fingerprints: of the data, by split.
+    """
+    data = {"format_version": DATA_VERSION, **fingerprints}
     if self.begun:
-      self._check_same(config, streams, tokenizer)
+      self._check_same(config, streams, tokenizer, data)
     tokenizer.save(self.path / "tokenizer.json")
     write_json(self.path / "streams.json", streams.to_json())
+    write_json(self.path / "data.json", data)
     write_json(self.path / "config.json", config.to_json())
 
-  def _check_same(self, config: Config, streams: Streams, tokenizer: Tokenizer) -> None:
+  def _check_same(self, config, streams, tokenizer, data) -> None:
     before, now = (_flat(c.to_json()) for c in (self.config(), config))
     for name in sorted(before | now):
       was, value = before.get(name), now.get(name)
@@ -108,6 +125,13 @@ class WorkDir:
       raise InputError(
         f"--workdir {self.path}: its streams.json or tokenizer.json is not this run's; the "
         "training text or the tokenizer file has changed; use another --workdir"
+      )
+    before = self._read("data.json")
+    if before != data:
+      split = next(s for s in sorted(before | data) if before.get(s) != data.get(s))
+      raise InputError(
+        f"--workdir {self.path}: its {split} data has changed since the run began; use another "
+        "--workdir, or --config.init_from to start from its parameters"
       )
 
   def config(self) -> Config:

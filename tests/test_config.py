@@ -113,6 +113,36 @@ def test_schedules_fit_into_the_steps():
     config.validate()
 
 
+@pytest.mark.parametrize(
+  "changes, told",
+  [
+    ({"data.wait_k": 3}, "config.data.wait_k: 3 .* 0 with data.layout=turn"),
+    ({"data.wait_k": 1, "data.layout": "wait_k"}, "wait_k: 1 .* at least 2 with same_row=hidden"),
+    ({"data.wait_k": 1, "data.layout": "wait_k", "same_row": "inputs"}, None),
+    ({"data.wait_k": 0, "data.layout": "wait_k"}, None),
+  ],
+)
+def test_an_answer_cannot_come_before_its_question_is_seen(changes, told):
+  config = VALID.changed(changes)
+  if told is None:
+    config.validate()
+  else:
+    with pytest.raises(InputError, match=told):
+      config.validate()
+
+
+@pytest.mark.parametrize(
+  "scaling, told",
+  [
+    ({"factor": 0.0}, "model.rope_scaling.factor: 0.0 .* a positive number"),
+    ({"low_freq_factor": 4.0}, r"low_freq_factor: 4.0 .* less than high_freq_factor \(4.0\)"),
+  ],
+)
+def test_rope_scaling_is_checked(scaling, told):
+  with pytest.raises(InputError, match=told):
+    VALID.changed({"model.rope_scaling": RopeScaling(**scaling)}).validate()
+
+
 def test_arithmetic_needs_an_end_to_its_evaluation():
   config = VALID.changed({"data.source": "arithmetic"})
   with pytest.raises(InputError, match=r"config.train.eval_batches: 0 .* at least 1"):
@@ -127,6 +157,7 @@ def test_arithmetic_needs_an_end_to_its_evaluation():
     (("user:inputs",), "kind 'inputs' is none of input, output, internal; did you mean 'input'"),
     (("a:input", "a:output"), "'a' stands twice"),
     (("a:output:x",), "weight 'x' is no number"),
+    (("a:input", "b:output:0"), "config.streams: .* expected one with a loss weight above 0"),
   ],
 )
 def test_streams_are_checked(streams, message):

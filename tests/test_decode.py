@@ -34,11 +34,11 @@ def run(tmp_path_factory):
   """A work directory with checkpoints 10 and 20 of random parameters."""
   workdir = WorkDir(tmp_path_factory.mktemp("run"))
   streams = CONFIG.stream_set(SILENCE)
-  workdir.claim(CONFIG, streams, BYTES)
+  workdir.claim(CONFIG, streams, BYTES, {})
   nothing = iter(grain.MapDataset.range(1).to_iter_dataset())
   with Checkpoints(workdir.checkpoints, keep=2) as checkpoints:
     for step in (10, 20):
-      checkpoints.save(step, TrainState(step, params(step), ()), nothing, None)
+      checkpoints.save(step, TrainState(step, params(step), ()), nothing, step / 10)
   return workdir.path
 
 
@@ -71,10 +71,12 @@ def test_a_run_is_loaded_with_its_streams_tokenizer_and_parameters(run):
   assert model.config == Config.from_json(CONFIG.to_json())
 
 
-@pytest.mark.parametrize("step", [None, 10, 20])
+@pytest.mark.parametrize("step", ["latest", "best", 10, "20"])
 def test_checkpoints_are_chosen_by_their_step(run, step):
   loaded = nnx.to_pure_dict(nnx.state(msjax.load(run, step=step).module, nnx.Param))
-  jax.tree.map(np.testing.assert_array_equal, loaded, params(step or 20))
+  jax.tree.map(
+    np.testing.assert_array_equal, loaded, params({"latest": 20, "best": 10}.get(step) or int(step))
+  )
 
 
 # The command.
@@ -136,11 +138,11 @@ WRONG = {
   ("--user=hi", "--at=3:door:"): "--at: '3:door:'; expected ROW:STREAM:TEXT",
   ("--user=hi", "--at=3:dor:stop"): "stream 'dor' is unknown: .*; did you mean 'door'",
   ("--user=hi", "--at=3:plan:stop"): "stream 'plan': the model writes it; .*: user, door",
-  ("--user=hi", "--rows=0"): "--rows: 0; expected 1 or more",
+  ("--user=hi", "--rows=0"): "rows: 0; expected 1 or more",
   ("--user=hi", "--rows=1"): "rows: 1 end before the given text, which takes 2 rows",
   ("--user=hi", "--rows=many"): "rows.*many",
   ("--user=hi", "--temperature=-1"): "temperature.*-1",
-  ("--user=hi", "--step=7"): r"no checkpoint of step 7; there are \[10, 20\]",
+  ("--user=hi", "--step=7"): "no checkpoint of step 7; there are 10, 20, latest and best",
   ("--user=hi", "--usr=ho"): "--usr: no such flag; did you mean 'user'",
   ("--workdir=",): "--workdir: not given; expected the work directory of a trained run",
   ("--workdir=nowhere",): r"nowhere/config.json: not found; is nowhere the work directory of a run",

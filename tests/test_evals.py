@@ -175,7 +175,7 @@ def test_a_tally_keeps_text_silence_and_streams_apart():
   nats = np.array([[[1.0, 2.0], [4.0, 8.0], [1e9, 16.0]]])
   tally.add(labels, nats)
   tally.add(labels[:, :1], nats[:, :1])
-  user, output, all = (tally.scores()[name] for name in ("user", "output", "all"))
+  (user, output), all = tally.scores()["streams"].values(), tally.scores()["all"]
   assert user == {
     "tokens": 2,
     "loss_per_token": 1.0,
@@ -195,7 +195,7 @@ def test_characters_of_several_bytes_count_as_such():
   tokens = synthetic.tokenizer()  # "+3" is one token of two bytes
   tally = Tally(("a",), tokens.silence_id, tokens)
   tally.add(np.array([[tokens.encode("+3")[0]]]), np.array([[6.0]]))
-  assert tally.scores()["a"]["bits_per_byte"] == pytest.approx(3 / math.log(2))
+  assert tally.scores()["streams"]["a"]["bits_per_byte"] == pytest.approx(3 / math.log(2))
 
 
 def by_token(self, params, batch):
@@ -214,10 +214,12 @@ def test_a_model_is_scored_on_every_predicted_cell_once(monkeypatch, pack):
     [[90, 91]],
   )
   scores = likelihood.model_scores(Learner(config, RUN, BYTES.vocab_size), {}, source, BYTES)
-  assert scores["user"]["tokens"] == 4  # 66, 67, 81, 83
-  assert scores["user"]["loss_per_token"] == pytest.approx((66 + 67 + 81 + 83) / 400)
-  assert scores["user"]["loss_on_silence"] == pytest.approx(HUSH / 100)
-  assert scores["output"]["tokens"] == 2  # 82, 84; nobody predicts 70, which follows a hole
+  assert scores["streams"]["user"]["tokens"] == 4  # 66, 67, 81, 83
+  assert scores["streams"]["user"]["loss_per_token"] == pytest.approx((66 + 67 + 81 + 83) / 400)
+  assert scores["streams"]["user"]["loss_on_silence"] == pytest.approx(HUSH / 100)
+  assert (
+    scores["streams"]["output"]["tokens"] == 2
+  )  # 82, 84; nobody predicts 70, which follows a hole
   assert scores["all"]["bits_per_byte"] == pytest.approx(
     (66 + 67 + 81 + 83 + 82 + 84) / 100 / 6 / math.log(2), rel=1e-6
   )
@@ -230,11 +232,11 @@ def test_unigram_frequencies_are_counted_by_stream_with_one_added():
   scores = likelihood.unigram_scores(learner, train, valid, BYTES)
   nats = lambda count, total: -math.log((count + 1) / (total + BYTES.vocab_size))
   user = [nats(1, 4), nats(0, 4), nats(3, 4)]  # 66, 67, 65
-  assert scores["user"]["tokens"] == 3
-  assert scores["user"]["loss_per_token"] == pytest.approx(sum(user) / 3)
-  assert scores["output"]["tokens"] == 1  # 98; 97 follows a hole
-  assert scores["output"]["loss_per_token"] == pytest.approx(nats(0, 3))
-  assert scores["output"]["loss_on_silence"] == pytest.approx(nats(2, 3))
+  assert scores["streams"]["user"]["tokens"] == 3
+  assert scores["streams"]["user"]["loss_per_token"] == pytest.approx(sum(user) / 3)
+  assert scores["streams"]["output"]["tokens"] == 1  # 98; 97 follows a hole
+  assert scores["streams"]["output"]["loss_per_token"] == pytest.approx(nats(0, 3))
+  assert scores["streams"]["output"]["loss_on_silence"] == pytest.approx(nats(2, 3))
   assert scores["all"]["loss_per_token"] == pytest.approx((sum(user) + nats(0, 3)) / 4)
 
 
@@ -254,7 +256,9 @@ def test_the_arithmetic_report_shows_rows_and_then_figures(monkeypatch, capsys, 
   monkeypatch.setattr(reports, "_model", lambda run: asked(run.learner.config.data.chat))
   monkeypatch.setattr(arithmetic, "answered", perfect)
   baseline = trained(asked(chat=True), 98.76) if with_baseline else None
-  report = reports.REPORTS["arithmetic"](trained(asked(), 12.34), baseline)
+  run, report = trained(asked(), 12.34), reports.REPORTS["arithmetic"]
+  measured = report.measure(run, baseline)
+  report.show(run, measured)
   figures = {
     "questions": 500,
     "accuracy": 1.0,
@@ -263,7 +267,7 @@ def test_the_arithmetic_report_shows_rows_and_then_figures(monkeypatch, capsys, 
     "train_seconds": 12.3,
   }
   chat = {**figures, "rows_to_first_answer": 12, "rows_total": 24, "train_seconds": 98.8}
-  assert report == {**figures, **({"baseline": chat} if with_baseline else {})}
+  assert measured == {**figures, **({"baseline": chat} if with_baseline else {})}
 
   rows, _, table = capsys.readouterr().out.rpartition("multi-stream")
   assert rows.count("  row  user") == 2
@@ -277,20 +281,22 @@ def test_the_arithmetic_report_shows_rows_and_then_figures(monkeypatch, capsys, 
 
 def test_the_likelihood_report_sets_model_unigram_and_baseline_side_by_side(monkeypatch, capsys):
   score = lambda x: {"tokens": 1000, "loss_per_token": x, "bits_per_byte": 2 * x}
-  scores = lambda x: {name: {**score(x), "loss_on_silence": 3 * x} for name in ("user", "all")}
+  cells = lambda x: {**score(x), "loss_on_silence": 3 * x}
+  scores = lambda x: {"streams": {"all": cells(x)}, "all": cells(2 * x)}  # a stream called all
   monkeypatch.setattr(likelihood, "model_scores", lambda learner, params, *_: scores(params))
   monkeypatch.setattr(likelihood, "unigram_scores", lambda *_: scores(4.0))
   run = trained(asked(), 12.34)
-  report = reports.REPORTS["likelihood"](
-    run._replace(params=1.0), run._replace(params=1.5, seconds=98.76)
-  )
-  assert report == {
+  run, baseline = run._replace(params=1.0), run._replace(params=1.5, seconds=98.76)
+  report = reports.REPORTS["likelihood"]
+  measured = report.measure(run, baseline)
+  report.show(run, measured)
+  assert measured == {
     **scores(1.0),
     "train_seconds": 12.3,
     "unigram": scores(4.0),
     "baseline": {**scores(1.5), "train_seconds": 98.8},
   }
   lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-  assert ["model", "user", "1,000", "1.000", "2.000", "3.000"] in lines
-  assert ["unigram", "all", "1,000", "4.000", "8.000", "12.000"] in lines
-  assert ["baseline", "user", "1,000", "1.500", "3.000", "4.500"] in lines
+  assert ["model", "all", "1,000", "1.000", "2.000", "3.000"] in lines
+  assert ["unigram", "all", "1,000", "8.000", "16.000", "24.000"] in lines
+  assert ["baseline", "all", "1,000", "1.500", "3.000", "4.500"] in lines

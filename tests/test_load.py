@@ -91,6 +91,22 @@ def test_one_wrong_record_stops_or_is_skipped_and_counted(tmp_path, caplog):
   assert listed[2] == "2 bad records are left out"
 
 
+def test_training_a_tokenizer_lists_wrong_records_once(tmp_path, caplog):
+  path = file_of(tmp_path, CHAT, "{\n")
+  load.load(config_of(path, tokenizer="bpe:300", on_bad_record="skip"))
+  assert [r.levelno for r in caplog.records if f"{path}:2" in r.getMessage()] == [logging.WARNING]
+
+
+def test_fingerprints_go_by_split(tmp_path):
+  chat, table = file_of(tmp_path, CHAT), file_of(tmp_path, TABLE, name="valid.jsonl")
+  both = load.load(config_of(chat, valid=table)).fingerprints
+  assert load.load(config_of(chat)).fingerprints == {"train": both["train"]}
+  assert load.load(config_of(table, valid=chat)).fingerprints == {
+    "train": both["valid"],
+    "valid": both["train"],
+  }
+
+
 # Tokenizers.
 
 

@@ -14,6 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from msjax.data import load
 from msjax.errors import InputError, RunError
+from msjax.text.tokenizer import train_bpe
 from msjax.training import loop
 from msjax.training.checkpoint import Checkpoints, load_params
 from msjax.training.loop import Stopped, train
@@ -90,7 +91,8 @@ def light_step(monkeypatch):
     moved = jax.tree.map(lambda p: p + 1e-6 * batch["tokens"].sum(), state.params)
     zero = jnp.float32(0)
     scalars = {"loss": batch["weights"].sum(), "gradient_norm": zero, "learning_rate": zero}
-    return TrainState(state.step + 1, moved, state.opt_state), {**scalars, "cells": zero}
+    streams = {f"loss/{name}": zero for name in self.streams.names}
+    return TrainState(state.step + 1, moved, state.opt_state), {**scalars, **streams, "cells": zero}
 
   monkeypatch.setattr(Learner, "step", step)
   monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": 1.0})
@@ -312,7 +314,7 @@ def mean_token(self, params, batch):
   return {"loss": total.sum(), "weight": count.sum(), **parts}
 
 
-@pytest.mark.parametrize("batches, examples", [(0, 5), (1, 2), (2, 4), (9, 5)])
+@pytest.mark.parametrize("batches, examples", [(0, 5), (1, 4), (2, 5), (9, 5)])
 @pytest.mark.parametrize("pack", [False, True])
 def test_evaluation_is_the_mean_over_the_cells_of_so_many_batches(
   tmp_path, monkeypatch, batches, examples, pack
@@ -414,6 +416,30 @@ def test_a_vocabulary_or_shape_that_differs_is_refused(tmp_path, other):
     train(arithmetic(model__dim=4, **from_other), WorkDir(tmp_path / "b"))
   with pytest.raises(InputError, match=r"(config|streams).json: not found"):
     train(arithmetic(init_from=str(tmp_path / "none")), WorkDir(tmp_path / "c"))
+
+
+@pytest.mark.usefixtures("light_step")
+def test_another_silence_is_refused_and_another_rule_is_told(tmp_path, caplog):
+  caplog.set_level(logging.INFO, "absl")
+  train_bpe(["a bit of text"], 300).save(tmp_path / "tokenizer.json")
+  (tmp_path / "train.jsonl").write_text(
+    json.dumps({"messages": [{"role": "assistant", "content": "a bit of text"}]})
+  )
+
+  def run(name, **changes):
+    config = Config(
+      model=SMALL,
+      data=DataConfig(train=str(tmp_path / "train.jsonl"), tokenizer=str(tmp_path), rows=8),
+      train=TrainConfig(steps=1, batch=2),
+    )
+    return train(config.changed(changes), WorkDir(tmp_path / name))
+
+  run("first")
+  from_first = {"init_from": str(tmp_path / "first")}
+  with pytest.raises(InputError, match=r"init_from: silence is token \d+ in .*first and token"):
+    run("second", **from_first, **{"data.silence": "<pad>"})
+  run("third", **from_first, same_row="inputs")
+  assert f"config.same_row: 'hidden' in {tmp_path / 'first'}, 'inputs' here" in caplog.messages
 
 
 @pytest.mark.usefixtures("light_step")

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from msjax.errors import RunError
+from msjax.errors import InputError, RunError
 from msjax.training.metrics import Metrics
 
+NAMES = ("user", "output")
 SCALARS = {
   "loss": jnp.float32(1.5),
   "loss/user": jnp.float32(0.25),
@@ -44,7 +45,7 @@ def events(path):
 
 def run(path, start, steps, log_every=1, last=None):
   """Takes steps `start` + 1 to `last` of a run of `steps`."""
-  with Metrics(path, start, steps, log_every) as metrics:
+  with Metrics(path, start, steps, log_every, NAMES) as metrics:
     for step in range(start + 1, (last or steps) + 1):
       metrics.waited(0.25)
       metrics.step(step, SCALARS)
@@ -52,7 +53,7 @@ def run(path, start, steps, log_every=1, last=None):
 
 
 def test_scalars_come_back_as_numbers(path):
-  with Metrics(path, 0, 5, 2) as metrics:
+  with Metrics(path, 0, 5, 2, NAMES) as metrics:
     values = metrics.step(1, SCALARS)
   assert values == {name: float(value) for name, value in SCALARS.items() if name != "cells"}
 
@@ -78,7 +79,7 @@ def test_a_log_line_tells_the_same_to_people(path, caplog):
   run(path, 0, 4, log_every=4, last=4)
   (line,) = caplog.messages
   assert re.fullmatch(
-    r"step 4/4  eta \d+:\d\d  loss 1.5000 \(output 2.7500 user 0.2500\)  \|g\| 12  lr 0.003  "
+    r"step 4/4  eta \d+:\d\d  loss 1.5000 \(user 0.2500 output 2.7500\)  \|g\| 12  lr 0.003  "
     r"[\d,]+ tokens/s  [\d.]+ ms/step  data wait 250.0 ms",
     line,
   )
@@ -88,7 +89,7 @@ def test_the_eta_goes_by_the_steps_of_this_start(path, caplog, monkeypatch):
   caplog.set_level(logging.INFO, "absl")
   now = 100.0
   monkeypatch.setattr("time.perf_counter", lambda: now)
-  with Metrics(path, 1000, 5000, 10) as metrics:
+  with Metrics(path, 1000, 5000, 10, NAMES) as metrics:
     now += 20.0
     metrics.step(1010, SCALARS)
   assert "step 1010/5000  eta 2:13:00 " in caplog.messages[0]
@@ -97,7 +98,7 @@ def test_the_eta_goes_by_the_steps_of_this_start(path, caplog, monkeypatch):
 
 
 def test_tensorboard_shows_the_same(path):
-  with Metrics(path, 0, 2, 1) as metrics:
+  with Metrics(path, 0, 2, 1, NAMES) as metrics:
     metrics.waited(0.5)
     metrics.step(1, SCALARS)
     metrics.step(2, SCALARS)
@@ -114,7 +115,7 @@ def test_tensorboard_shows_the_same(path):
 
 def test_steps_that_will_be_taken_again_are_cut_off(path):
   run(path, 0, 10, last=7)
-  with Metrics(path, 7, 10, 1) as metrics:
+  with Metrics(path, 7, 10, 1, NAMES) as metrics:
     metrics.write("valid", 7, {"loss": 1.0})
   run(path, 4, 10)
   assert [(line["kind"], line["step"]) for line in lines(path)] == [
@@ -137,16 +138,25 @@ def test_a_line_that_was_being_written_is_cut_off(path):
   assert [line["step"] for line in lines(path)] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("line", ["not JSON", '"text"', '{"kind": "train"}', '{"step": 1}'])
+def test_a_line_of_somebody_else_is_told_and_kept(path, line):
+  run(path, 0, 2)
+  path.write_text(before := line + "\n" + path.read_text())
+  with pytest.raises(InputError, match=r"metrics.jsonl: holds a line that msjax did not write"):
+    run(path, 2, 3)
+  assert path.read_text() == before
+
+
 def test_time_goes_on_where_it_was(path, monkeypatch):
   now = 0.0
   monkeypatch.setattr("time.perf_counter", lambda: now)
-  with Metrics(path, 0, 4, 1) as metrics:
+  with Metrics(path, 0, 4, 1, NAMES) as metrics:
     now += 10.0
     metrics.step(1, SCALARS)
     now += 10.0
     metrics.step(2, SCALARS)
   now += 1000.0
-  with Metrics(path, 1, 4, 1) as metrics:  # the second step was lost
+  with Metrics(path, 1, 4, 1, NAMES) as metrics:  # the second step was lost
     now += 5.0
     metrics.step(2, SCALARS)
     assert metrics.seconds == 15.0
@@ -156,12 +166,19 @@ def test_time_goes_on_where_it_was(path, monkeypatch):
 def test_a_finished_run_loses_nothing(path):
   run(path, 0, 3)
   before = path.read_bytes()
-  with Metrics(path, 3, 3, 1) as metrics:
+  with Metrics(path, 3, 3, 1, NAMES) as metrics:
     assert metrics.seconds >= lines(path)[-1]["seconds"]
   assert path.read_bytes() == before
 
 
 # What else is there.
+
+
+def test_a_disk_too_full_for_tensorboard_is_an_error_too(path):
+  metrics = Metrics(path, 0, 3, 1, NAMES)
+  metrics._board._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+  with pytest.raises(RunError, match=r"metrics cannot be written: No space left"), metrics:
+    metrics.step(1, SCALARS)
 
 
 def test_no_progress_bar_where_there_is_no_terminal(path, capfd):
@@ -170,7 +187,7 @@ def test_no_progress_bar_where_there_is_no_terminal(path, capfd):
 
 
 def test_a_full_disk_is_one_error_and_hides_no_other(path):
-  metrics = Metrics(path, 0, 3, 1)
+  metrics = Metrics(path, 0, 3, 1, NAMES)
   metrics._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the block below
-  with pytest.raises(RunError, match=r"metrics.jsonl: cannot be written: No space left"), metrics:
+  with pytest.raises(RunError, match=r"metrics cannot be written: No space left"), metrics:
     metrics.step(1, SCALARS)

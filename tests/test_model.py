@@ -15,7 +15,7 @@ from msjax.config import Config, ModelConfig
 from msjax.decoding.generate import FREE
 from msjax.errors import InputError
 from msjax.model import Model, Schedule
-from msjax.streams import HOLE
+from msjax.streams import HOLE, Stream, Streams
 from msjax.text.tokenizer import ByteTokenizer
 from msjax.training.state import Learner
 
@@ -154,9 +154,9 @@ def test_rows_depend_on_the_seed_only_when_drawn():
 
 def test_generation_ends_when_all_is_read_and_quiet():
   quiet = parrot(0, SILENCE, 0, END)  # what it would say in input streams is never heard
-  assert len(list(quiet.generate({"user": "abc"}))) == 4 + 3  # abc<end>, its row the first of four
-  assert len(list(quiet.generate({"user": "abc"}, at=[(9, "tool", "x")]))) == 11 + 3
-  assert len(list(quiet.generate())) == 4
+  assert len(list(quiet.generate({"user": "abc"}))) == 4 + 4  # abc<end>, and four in silence
+  assert len(list(quiet.generate({"user": "abc"}, at=[(9, "tool", "x")]))) == 11 + 4
+  assert len(list(quiet.generate())) == 1 + 4
   assert len(list(quiet.generate({"user": "abc"}, rows=20))) == 20
 
 
@@ -177,7 +177,7 @@ def test_text_may_come_later_and_queues_up_in_order():
     )
   )
   user = "".join({END: "|", SILENCE: "."}.get(t := row.tokens["user"]) or chr(t) for row in rows)
-  assert user == "abc|ef|g|d|..."
+  assert user == "abc|ef|g|d|...."
   tool = [row.tokens["tool"] for row in rows]
   assert tool[:5] == [SILENCE, SILENCE, ord("x"), END, SILENCE]
 
@@ -187,9 +187,12 @@ def test_text_may_come_later_and_queues_up_in_order():
   [
     ({"inputs": {"usr": "a"}}, "'usr' is unknown.*did you mean 'user'"),
     ({"inputs": {"output": "a"}}, "'output'.*input streams: user, tool"),
-    ({"at": [(-1, "user", "a")]}, "row -1 for stream 'user': expected 0 or more"),
+    ({"at": [(-1, "user", "a")]}, "row -1 for stream 'user': expected a whole number, 0 or more"),
     ({"inputs": {"user": "abc"}, "rows": 3}, "rows: 3 end before.*takes 4 rows"),
     ({"at": [(7, "user", "a")], "rows": 8}, "takes 9 rows"),
+    ({"rows": 0}, "rows: 0; expected 1 or more"),
+    ({"at": [(1.5, "user", "a")]}, "row 1.5 for stream 'user': expected a whole number"),
+    ({"inputs": {"user": None}}, "text None: expected a str, not NoneType"),
     ({"temperature": -0.5}, "temperature: -0.5; expected 0"),
     ({"temperature": float("nan")}, "temperature: nan"),
   ],
@@ -197,6 +200,13 @@ def test_text_may_come_later_and_queues_up_in_order():
 def test_wrong_requests_are_told_at_once(arguments, told):
   with pytest.raises(InputError, match=told):
     talker().generate(**arguments)  # before the first row is asked for
+
+
+def test_a_model_without_input_streams_is_prompted_in_any():
+  chat = Streams((Stream.parse("text:output"),), SILENCE)
+  schedule = Schedule(chat)
+  schedule.put(0, "text", [5, 6])
+  assert [int(schedule.row(r)[0]) for r in range(4)] == [5, 6, FREE, FREE]
 
 
 def test_a_schedule_leaves_the_model_its_streams():

@@ -51,6 +51,23 @@ def test_several_files_are_one_source(tmp_path):
   assert [source.record_id(i) for i in range(2)] == [f"{path}:1" for path in paths]
 
 
+def test_a_fingerprint_goes_by_what_is_trained_on(tmp_path):
+  of = lambda *records, **options: jsonl(file_of(tmp_path, *records), **options).fingerprint
+  first = of(CHAT, TABLE)
+  moved = file_of(tmp_path, CHAT, "", {**TABLE, "id": "named"}, name="moved.jsonl")
+  assert jsonl(moved).fingerprint == first
+  assert len({first, of(TABLE, CHAT), of(CHAT), of(CHAT, TABLE, max_rows=3)}) == 4
+  assert of(CHAT, {**TABLE, "token_ids": [[1, 2, 3], [4, None, 7]]}) != first
+  assert of(CHAT, {**TABLE, "loss_mask": [0, 0.25]}) != first
+
+
+def test_data_that_nothing_is_learned_from_is_told(tmp_path):
+  unheard = {"streams": ["user"], "spans": [{"stream": "user", "row": 0, "text": "hi"}]}
+  with pytest.raises(InputError, match="data: no cell has a loss weight"):
+    jsonl(file_of(tmp_path, {**TABLE, "loss_mask": [0, 0]}))
+  assert len(jsonl(file_of(tmp_path, unheard, TABLE))) == 2
+
+
 @given(
   st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(2, 6), st.integers(0, 2**32)
 )
@@ -90,7 +107,7 @@ def test_a_source_goes_to_worker_processes_and_is_named_alike(tmp_path):
   source = jsonl(file_of(tmp_path, CHAT, TABLE))
   copy = pickle.loads(pickle.dumps(source))
   np.testing.assert_array_equal(copy[1].tokens, source[1].tokens)
-  assert repr(copy) == repr(source) == "JsonlSource(2 examples of (10, 2) cells)"
+  assert copy.fingerprint == source.fingerprint
 
 
 def test_a_bad_record_stops_before_there_is_a_source(tmp_path):

@@ -257,6 +257,28 @@ def test_json_round_trips(grid):
   assert hash(again) == hash(streams)  # static under jit
 
 
+@pytest.mark.parametrize(
+  ("edit", "told"),
+  [
+    ({"streams": [{"name": "a", "kind": "inputs", "weight": 1}]}, "'inputs'.*mean 'input'"),
+    ({"streams": [{"name": "a", "kind": "input", "weight": "1"}]}, "weight '1'; expected a num"),
+    ({"streams": [{"name": "", "kind": "input", "weight": 1}]}, "stream '': expected a name"),
+    ({"streams": [{"name": "a", "kind": "input"}]}, r"streams.json: .*missing.*'weight'"),
+    ({"silence_id": None}, "silence_id None; expected the id of a token"),
+  ],
+)
+def test_json_edited_by_hand_is_checked(edit, told):
+  with pytest.raises(InputError, match=told):
+    Streams.from_json({**stream_set("output").to_json(), **edit})
+
+
+def test_json_that_lacks_a_field_is_told():
+  data = stream_set("output").to_json()
+  del data["same_row"]
+  with pytest.raises(InputError, match=r"streams.json: .same_row.; expected what msjax wrote"):
+    Streams.from_json(data)
+
+
 def test_json_of_another_version_is_told():
   data = stream_set("output").to_json()
   with pytest.raises(InputError, match="format_version 99, this msjax reads 1"):

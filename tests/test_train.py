@@ -279,10 +279,11 @@ def test_a_run_is_stopped_goes_on_and_reports(place):
   assert steps == list(range(1, step + 21))
   assert list((place / "run" / "tensorboard").glob("events.out.tfevents.*"))
 
-  report, streams = WorkDir("run").report(), {"user", "output", "all"}
-  assert set(report) == {*streams, "format_version", "train_seconds", "unigram", "baseline"}
-  assert set(report["baseline"]) == {*streams, "train_seconds"}
-  assert set(report["unigram"]) == streams
+  report, scores = WorkDir("run").report(), {"streams", "all"}
+  assert set(report) == {*scores, "format_version", "train_seconds", "unigram", "baseline"}
+  assert set(report["baseline"]) == {*scores, "train_seconds"}
+  assert set(report["unigram"]) == scores
+  assert set(report["streams"]) == {"user", "output"}
   (tokens,) = {part["all"]["tokens"] for part in (report, report["unigram"], report["baseline"])}
   assert tokens > 0  # the same cells are measured in all
   assert WorkDir("run/baseline").config().train.batch == 16
@@ -418,7 +419,7 @@ WRONG_FLAGS = {
   "--config=run.py --workdir=w --config.train.steps=many": "'many' is not a whole number",
   "--config=run.py --workdir=w --config.train.stepz=3": "did you mean 'steps'",
   "--config=run.py --workdir=w --config.train.steps=0": "config.train.steps: 0 is not allowed",
-  "--config=run.py --workdir=w --config.data.wait_k=1 --config.data.layout=wait_k": "is too early",
+  "--config=run.py --workdir=w --config.data.wait_k=1 --config.data.layout=wait_k": "at least 2",
   "--config=run.py --workdir=w --config.data.tokenizer=none.json": "none.json: No such file",
   "--config=run.py --workdir=w --on_bad_record=skp": "on_bad_record.*skp.*stop.*skip",
   "--config=run.py --workdir=w --wordkir=x": "--wordkir: no such flag; did you mean 'workdir'",
@@ -460,7 +461,7 @@ def answers(tmp_path_factory):
     config = runpy.run_path("run.py")["get_config"]()
     tokenizer = tokenizers.ByteTokenizer()
     with WorkDir("taken").lock():
-      WorkDir("taken").claim(config, config.stream_set(tokenizer.silence_id), tokenizer)
+      WorkDir("taken").claim(config, config.stream_set(tokenizer.silence_id), tokenizer, {})
     (path / "taken" / "metrics.jsonl").write_text("{}\n")
     (path / "taken" / "checkpoints" / "1").mkdir(parents=True)
     mine = lambda p: p.is_file() and p.name != ".lock"

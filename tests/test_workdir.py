@@ -20,25 +20,28 @@ CONFIG = Config(
 )
 
 
+DATA = {"train": "abc", "valid": "def"}
+
+
 @pytest.fixture
 def workdir(tmp_path):
   """A work directory of a run with CONFIG."""
   workdir = WorkDir(tmp_path / "run")
   with workdir.lock():
-    workdir.claim(CONFIG, CONFIG.stream_set(BYTES.silence_id), BYTES)
+    workdir.claim(CONFIG, CONFIG.stream_set(BYTES.silence_id), BYTES, DATA)
   (workdir.checkpoints / "1").mkdir(parents=True)
   return workdir
 
 
-def claim(workdir, config=CONFIG, tokenizer=BYTES, streams=None):
-  workdir.claim(config, streams or config.stream_set(tokenizer.silence_id), tokenizer)
+def claim(workdir, config=CONFIG, tokenizer=BYTES, streams=None, data=DATA):
+  workdir.claim(config, streams or config.stream_set(tokenizer.silence_id), tokenizer, data)
 
 
 def test_what_the_run_is_lies_in_its_directory(workdir):
   assert WorkDir(workdir.path).config().changed({"baseline": CONFIG.baseline}) == CONFIG
   assert workdir.streams() == CONFIG.stream_set(BYTES.silence_id)
   assert workdir.tokenizer().to_json() == BYTES.to_json()
-  for name in ("config.json", "streams.json", "tokenizer.json"):
+  for name in ("config.json", "streams.json", "tokenizer.json", "data.json"):
     assert json.loads((workdir.path / name).read_text())["format_version"] == 1
   assert not [path for path in workdir.path.iterdir() if "tmp" in path.name]
 
@@ -55,7 +58,6 @@ def test_the_same_run_claims_its_directory_again_without_a_word(workdir, caplog)
     ({"model.dim": 32}, "model.dim = 64, this one has 32"),
     ({"model.rope_scaling": None}, "model.rope_scaling.factor = 4.0, this one has None"),
     ({"model.rope_scaling.factor": 8.0}, "model.rope_scaling.factor = 4.0, this one has 8.0"),
-    ({"data.train": "other.jsonl"}, "data.train = 'train.jsonl', this one has 'other.jsonl'"),
     ({"data.pack": True}, "data.pack = False, this one has True"),
     ({"data.tokenizer": "bpe:300"}, "data.tokenizer = 'bytes', this one has 'bpe:300'"),
     ({"streams": ("a:input", "b:output")}, "streams = "),
@@ -98,6 +100,7 @@ def test_storage_that_is_no_directory_is_refused():
     ),
     ({"baseline": {}}, ["config.baseline.streams: ('chat:output',) until now, None from here on"]),
     ({"workdir": "elsewhere", "data.on_bad_record": "skip", "model.remat": "full"}, []),
+    ({"data.train": "moved.jsonl", "data.valid": "moved too.jsonl"}, []),
   ],
 )
 def test_what_may_change_is_told_and_kept(workdir, caplog, changes, lines):
@@ -114,6 +117,16 @@ def test_a_tokenizer_or_streams_that_changed_under_the_same_name_are_refused(wor
     claim(workdir, tokenizer=tokenizers.ByteTokenizer(added=("+3",)))
   with pytest.raises(InputError, match=r"streams.json or tokenizer.json is not this run's"):
     claim(workdir, streams=CONFIG.stream_set(silence_id=7))
+
+
+@pytest.mark.parametrize(
+  "data", [{**DATA, "valid": "changed"}, {"train": "abc"}, {**DATA, "valid": ""}]
+)
+def test_data_that_changed_is_refused(workdir, data):
+  before = (workdir.path / "data.json").read_bytes()
+  with pytest.raises(InputError, match="its valid data has changed since the run began"):
+    claim(workdir, data=data)
+  assert (workdir.path / "data.json").read_bytes() == before
 
 
 def test_the_silence_that_was_chosen_comes_back_with_the_tokenizer(tmp_path):

@@ -49,14 +49,14 @@ class BadRecords:
     messages: one line for each record skipped so far.
   """
 
-  def __init__(self, policy: str = "stop"):
-    """Takes `stop` or `skip`."""
+  def __init__(self, policy: str = "stop", tell: Callable[..., None] = logging.warning):
+    """Takes `stop` or `skip`, and who is told of each that is skipped."""
     if policy not in ON_BAD_RECORD:
       raise InputError(
         f"on_bad_record: {policy!r} is none of {', '.join(ON_BAD_RECORD)}"
         f"{nearest(policy, ON_BAD_RECORD)}"
       )
-    self.policy = policy
+    self.policy, self._tell = policy, tell
     self.messages: list[str] = []
 
   @contextlib.contextmanager
@@ -67,7 +67,7 @@ class BadRecords:
     except RecordError as error:
       if self.policy == "stop":
         raise
-      logging.warning("skipped: %s", error)
+      self._tell("skipped: %s", error)
       self.messages.append(str(error))
 
 

@@ -33,6 +33,11 @@ class Data(NamedTuple):
   train: Source
   valid: Source | None
 
+  @property
+  def fingerprints(self) -> dict[str, str]:
+    """Tells the data of one run from that of another; by split."""
+    return {s: source.fingerprint for s in SPLITS if (source := getattr(self, s)) is not None}
+
 
 def load(config: Config, made_before: pathlib.Path | None = None) -> Data:
   """Reads and checks all data of a run.
@@ -103,7 +108,7 @@ def _tokenizer(config: Config, made_before: pathlib.Path | None) -> Tokenizer:
 def _training_records(config: Config) -> Iterable[Record]:
   if config.data.source == "chitchat":
     return (c for c in chitchat.conversations() if chitchat.split(c.id) == "train")
-  bad = BadRecords(config.data.on_bad_record)
+  bad = BadRecords(config.data.on_bad_record, tell=logging.debug)  # told when they are laid out
   return (record for _, record in read(config.data.train, bad))
 
 

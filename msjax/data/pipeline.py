@@ -32,6 +32,11 @@ class Source(Protocol):
     """Names an example for messages."""
     ...
 
+  @property
+  def fingerprint(self) -> str:
+    """Tells one set of examples from another, as far as the config does not."""
+    ...
+
 
 class OneStream:
   """Every example of a source once for each stream, all other streams turned into holes."""
@@ -55,6 +60,11 @@ class OneStream:
   def record_id(self, index: int) -> str:
     """Names an example for messages."""
     return self.source.record_id(index // self.streams)
+
+  @property
+  def fingerprint(self) -> str:
+    """That of the source."""
+    return self.source.fingerprint
 
 
 def training_batches(

@@ -14,7 +14,7 @@ from rich.text import Text
 from msjax.data.formats import RecordStream, Table
 from msjax.errors import InputError, nearest
 from msjax.streams import HOLE, Streams
-from msjax.text.tokenizer import SILENCE_CELL, Tokenizer
+from msjax.text.tokenizer import SILENCE_CELL, Tokenizer, printable
 
 MODES = ("rich", "plain", "jsonl")
 _WIDEST = 24  # columns of a table printed whole
@@ -80,11 +80,6 @@ class RowPrinter:
     else:
       print(line.plain, file=self.file)
     self.file.flush()
-
-
-def printable(text: str) -> str:
-  """Returns a text with all that is not printable escaped, as `\\n`."""
-  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _fit(text: str, width: int) -> str:

@@ -4,6 +4,7 @@ Tokens are held as one int32 array, so a corpus takes eight bytes a cell, and a 
 shows before training starts.
 """
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -79,6 +80,8 @@ class RecordSource:
     if long:
       logging.info("%d of %d records are cut into windows of %d rows", long, len(tokens), max_rows)
     self._tokens, self._weights = np.concatenate(tokens), np.concatenate(weights)
+    if not np.any(self._weights * streams.weights):
+      raise InputError("data: no cell has a loss weight; expected one in a stream that is trained")
     self._tokens.flags.writeable = self._weights.flags.writeable = False
     self._bounds = np.cumsum([0, *lengths])
 
@@ -96,9 +99,13 @@ class RecordSource:
     """Names an example: the record's id or `file:line`, with `#2` for its second window."""
     return self._ids[index]
 
-  def __repr__(self) -> str:
-    """Says what it holds; the same for the same data, which Grain compares when it resumes."""
-    return f"{type(self).__name__}({len(self)} examples of {self._tokens.shape} cells)"
+  @property
+  def fingerprint(self) -> str:
+    """Digest of every example: the same where the data is the same, in whatever file it lies."""
+    digest = hashlib.blake2b(digest_size=16)
+    for array in (self._bounds, self._tokens, self._weights):
+      digest.update(array)
+    return digest.hexdigest()
 
 
 class JsonlSource(RecordSource):

@@ -105,6 +105,11 @@ class Arithmetic:
     """Names an example for messages."""
     return f"arithmetic/{self.split}:{index}"
 
+  @property
+  def fingerprint(self) -> str:
+    """The config says it all."""
+    return ""
+
   def lay_out(self, q: Question) -> Example:
     """Puts question, thoughts and answer into a grid, as early as the rule lets them be known.
 

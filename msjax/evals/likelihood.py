@@ -10,7 +10,8 @@ from msjax.streams import HOLE
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.state import Learner, Params
 
-Scores = dict[str, dict[str, float]]
+Score = dict[str, float]
+Scores = dict[str, Score | dict[str, Score]]  # of `all`, and under `streams` by name
 
 
 class Tally:
@@ -34,30 +35,33 @@ class Tally:
       )
 
   def scores(self) -> Scores:
-    """Returns for each stream, and for `all`: `tokens`, `loss_per_token` (nats), `bits_per_byte`
-    and `loss_on_silence` (nats a silent cell); 0 where a stream has no such cell."""
-    rows = dict(zip(self.names, self._sums)) | {"all": self._sums.sum(0)}
-    ratio = lambda a, b: float(a / b) if b else 0.0
+    """Returns for each stream and for all: `tokens`, `loss_per_token` (nats), `bits_per_byte`
+    and `loss_on_silence` (nats a silent cell); 0 where there is no such cell."""
     return {
-      name: {
-        "tokens": int(tokens),
-        "loss_per_token": ratio(nats, tokens),
-        "bits_per_byte": ratio(nats / math.log(2), bytes_),
-        "loss_on_silence": ratio(silent_nats, silences),
-      }
-      for name, (tokens, nats, bytes_, silences, silent_nats) in rows.items()
+      "streams": dict(zip(self.names, map(_score, self._sums))),
+      "all": _score(self._sums.sum(0)),
     }
+
+
+def _score(sums: np.ndarray) -> Score:
+  tokens, nats, bytes_, silences, silent_nats = sums
+  ratio = lambda a, b: float(a / b) if b else 0.0
+  return {
+    "tokens": int(tokens),
+    "loss_per_token": ratio(nats, tokens),
+    "bits_per_byte": ratio(nats / math.log(2), bytes_),
+    "loss_on_silence": ratio(silent_nats, silences),
+  }
 
 
 def model_scores(learner: Learner, params: Params, source: Source, tokenizer: Tokenizer) -> Scores:
   """Scores a model on every held-out example."""
-  streams, config = learner.streams, learner.config
+  streams = learner.streams
   tally = Tally(streams.names, streams.silence_id, tokenizer)
   entropy = jax.jit(learner.cell_entropy)
-  batches = held_out_batches(
-    source, rows=config.data.rows, batch=config.train.batch, pack=config.data.pack
-  )
-  for batch in batches:
+  t, d = learner.config.train, learner.config.data
+  size = t.batch // t.micro_batches
+  for batch in held_out_batches(source, rows=d.rows, batch=size, pack=d.pack):
     labels, nats = entropy(params, {k: v for k, v in batch.items() if k != "record"})
     tally.add(np.asarray(labels), np.asarray(nats))
   return tally.scores()

@@ -33,6 +33,11 @@ END_NAMES += ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 DECODERS = {"ByteLevel", "ByteFallback", "Fuse", "Metaspace", "Replace", "Strip", "WordPiece"}
 
 
+def printable(text: str) -> str:
+  """Returns a text with all that is not printable escaped, as `\\n`."""
+  return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class StreamDecoder:
   """Text of one stream, token by token: a character comes out once all its bytes are in."""
 
@@ -122,7 +127,7 @@ class Tokenizer(abc.ABC):
       text = ""
     else:
       text = SILENCE_CELL if id == self.silence_id else self.name(id)
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text)
 
   def save(self, path: str | os.PathLike) -> None:
     """Writes `to_json` to a file, or to tokenizer.json in a directory; all of it or nothing."""

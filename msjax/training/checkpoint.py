@@ -120,25 +120,46 @@ class Checkpoints:
 
 
 def load_params(
-  directory: pathlib.Path, abstract: Params | None, step: int | None = None
+  directory: pathlib.Path, abstract: Params | None, step: int | str = "latest"
 ) -> Params:
-  """Reads the parameters alone of a checkpoint, the latest unless `step` says otherwise.
+  """Reads the parameters alone of a checkpoint.
 
   Args:
     directory: `WORKDIR/checkpoints`.
     abstract: `jax.ShapeDtypeStruct`s to read into, or None to take shapes as they were saved.
-    step: steps taken at the checkpoint.
+    step: steps taken at the checkpoint, `latest`, or `best` by held-out loss.
   """
-  steps = _steps(directory)
-  if not steps:
-    raise InputError(f"{directory}: holds no checkpoint; train this work directory first")
-  if step is not None and step not in steps:
-    raise InputError(f"{directory}: no checkpoint of step {step}; there are {steps}")
-  path = (directory / str(steps[-1] if step is None else step)).absolute()
+  path = (directory / str(_chosen(directory, step))).absolute()
   logging.info("reading parameters from %s", path)
   if abstract is None:
     abstract = ocp.metadata(path, "params").metadata
   return ocp.load_checkpointables(path, {"params": _placed(abstract)})["params"]
+
+
+def _chosen(directory: pathlib.Path, step: int | str) -> int:
+  """Returns the number of the checkpoint that is asked for."""
+  steps = _steps(directory)
+  if not steps:
+    raise InputError(f"{directory}: holds no checkpoint; train this work directory first")
+  if step == "latest":
+    return steps[-1]
+  if step == "best":
+    return _best(directory)
+  if str(step) not in map(str, steps):
+    listed = ", ".join(map(str, steps))
+    raise InputError(
+      f"{directory}: no checkpoint of step {step}; there are {listed}, latest and best"
+    )
+  return int(step)
+
+
+def _best(directory: pathlib.Path) -> int:
+  """Returns the step whose held-out loss is lowest."""
+  with ocp.training.Checkpointer(directory.absolute()) as checkpointer:
+    losses = {c.step: c.metrics["valid_loss"] for c in checkpointer.checkpoints if c.metrics}
+  if not losses:
+    raise InputError(f"{directory}: no checkpoint has a held-out loss; take latest or a step")
+  return min(losses, key=losses.get)
 
 
 def default_device() -> jax.sharding.Sharding:

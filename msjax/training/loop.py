@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import math
 import signal
 import threading
@@ -65,7 +66,7 @@ def train(config: Config, workdir: WorkDir) -> Trained:
   with workdir.lock():
     made_before = workdir.path / "tokenizer.json" if workdir.begun else None
     data = data_lib.load(config, made_before)
-    workdir.claim(config, data.streams, data.tokenizer)
+    workdir.claim(config, data.streams, data.tokenizer, data.fingerprints)
     learner = Learner(config, data.streams, data.tokenizer.vocab_size)
     batches = pipeline.training_batches(
       data.train,
@@ -79,9 +80,11 @@ def train(config: Config, workdir: WorkDir) -> Trained:
     with Checkpoints(workdir.checkpoints, t.keep) as checkpoints, _stop_signals() as stop:
       state = _start(learner, checkpoints, batches, data.tokenizer)
       start = int(state.step)
+      if start >= t.steps:
+        logging.info("all %d steps are taken; config.train.steps=N takes more", start)
       best = checkpoints.best_loss
       take_step = jax.jit(learner.step, donate_argnums=0)
-      with Metrics(workdir.metrics, start, t.steps, t.log_every) as metrics:
+      with Metrics(workdir.metrics, start, t.steps, t.log_every, data.streams.names) as metrics:
         finish = functools.partial(_finish, metrics, data.train, checkpoints)
         running = None  # the step whose scalars have not been read yet
         for step in range(start + 1, t.steps + 1):
@@ -176,6 +179,15 @@ def _taken_over(learner: Learner, fresh: Params, tokenizer: Tokenizer, other: Wo
       f"this run's ({tokenizer.vocab_size}); take its tokenizer by --config.data.tokenizer="
       f"{other.path / 'tokenizer.json'}"
     )
+  if streams.silence_id != learner.streams.silence_id:
+    raise InputError(
+      f"config.init_from: silence is token {streams.silence_id} in {other.path} and token "
+      f"{learner.streams.silence_id} in this run; set config.data.silence to the former"
+    )
+  for field in ("same_row", "skip_silence"):
+    was, now = getattr(streams, field), getattr(learner.streams, field)
+    if was != now:
+      logging.info("config.%s: %r in %s, %r here", field, was, other.path, now)
   params = load_params(other.checkpoints, None)
   old, embed = np.asarray(params["stream_embed"]), np.array(fresh["stream_embed"])
   shapes = lambda tree: {
@@ -202,14 +214,11 @@ def _taken_over(learner: Learner, fresh: Params, tokenizer: Tokenizer, other: Wo
 def evaluate(learner: Learner, params: Params, source: Source) -> dict[str, float]:
   """Returns the held-out means that `summarize` makes, over `config.train.eval_batches`."""
   t, d = learner.config.train, learner.config.data
-  batches = pipeline.held_out_batches(
-    source, rows=d.rows, batch=t.batch // t.micro_batches, pack=d.pack
-  )
+  size, limit = t.batch // t.micro_batches, t.eval_batches * t.micro_batches or None
+  batches = pipeline.held_out_batches(source, rows=d.rows, batch=size, pack=d.pack)
   score = _jitted(learner)
   sums = None
-  for i, batch in enumerate(batches):
-    if t.eval_batches and i == t.eval_batches:
-      break
+  for batch in itertools.islice(batches, limit):
     part = score(params, {k: v for k, v in batch.items() if k != "record"})
     sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
   scores = summarize(sums, learner.streams, learner.config.loss)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from msjax.config import LossConfig
 
-_CHUNK_LOGITS = 2**23  # logits held at once; 32 MiB in float32
+_CHUNK_LOGITS = 2**23  # logits held at once, 32 MiB in float32,
+_CHUNK_CELLS = 128  # or those of so many cells, for a product of fewer is slow
 
 
 class Penalties(NamedTuple):
@@ -64,7 +65,7 @@ def cross_entropy(
 def _chunks(matrix, hidden, labels, weights):
   """Cuts cells into [n, c, ...] with padding that carries no label and no weight."""
   T = labels.size
-  n = -(-T * matrix.shape[0] // _CHUNK_LOGITS)
+  n = -(-T // max(_CHUNK_LOGITS // matrix.shape[0], _CHUNK_CELLS))
   c = -(-T // n)
   pad = lambda x, value: jnp.pad(
     x, [(0, n * c - T)] + [(0, 0)] * (x.ndim - 1), constant_values=value

@@ -10,14 +10,17 @@ import math
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import rich.progress
-import tensorboardX
 from absl import logging
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
-from msjax.errors import RunError
+from msjax.errors import InputError, RunError
 from msjax.files import replacing
 
 FORMAT_VERSION = 1
@@ -26,16 +29,23 @@ FORMAT_VERSION = 1
 class Metrics:
   """Writes the metrics of one run; a context manager."""
 
-  def __init__(self, path: pathlib.Path, start: int, steps: int, log_every: int):
-    """Opens `path` (JSON lines) and TensorBoard events beside it.
+  def __init__(
+    self, path: pathlib.Path, start: int, steps: int, log_every: int, names: Sequence[str]
+  ):
+    """Opens `path` (JSON lines) and TensorBoard events beside it; log lines name these streams.
 
     Lines of later steps than `start`, left by a run that was killed after its last checkpoint, are
     cut off: those steps are going to be taken again.
     """
-    self.path, self.steps, self.log_every = path, steps, log_every
+    self.path, self.steps, self.log_every, self.names = path, steps, log_every, names
     before = _truncate(path, start)
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-    self._board = tensorboardX.SummaryWriter(str(path.parent / "tensorboard"), purge_step=start + 1)
+    board = path.parent / "tensorboard"
+    board.mkdir(exist_ok=True)
+    # The thread of a SummaryWriter would die of a full disk and leave its queue to block.
+    self._board = EventsWriter(str(board / "events"))
+    restart = SessionLog(status=SessionLog.START)  # makes TensorBoard forget later steps
+    self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restart))
     self._progress = rich.progress.Progress(
       rich.progress.TextColumn("{task.description}"),
       rich.progress.BarColumn(),
@@ -101,16 +111,16 @@ class Metrics:
     try:
       self._file.write(json.dumps(line) + "\n")
       self._file.flush()
+      for name, value in values.items():
+        summary = scalar(f"{kind}/{name}", value)
+        self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+      self._board.flush()
     except OSError as error:
-      raise RunError(f"{self.path}: cannot be written: {error.strerror}") from error
-    for name, value in values.items():
-      self._board.add_scalar(f"{kind}/{name}", value, step)
+      raise RunError(f"{self.path.parent}: metrics cannot be written: {error.strerror}") from error
 
   def _say(self, step, values, timing, now) -> None:
     eta = (now - self._begun) / max(step - self._start, 1) * (self.steps - step)
-    streams = " ".join(
-      f"{name[5:]} {value:.4f}" for name, value in values.items() if name.startswith("loss/")
-    )
+    streams = " ".join(f"{name} {values[f'loss/{name}']:.4f}" for name in self.names)
     logging.info(
       "step %d/%d  eta %s  loss %.4f (%s)  |g| %.3g  lr %.3g  %s tokens/s  %.1f ms/step"
       "  data wait %.1f ms",
@@ -126,12 +136,17 @@ def _truncate(path: pathlib.Path, step: int) -> dict[str, Any]:
   """Keeps the whole lines of steps up to `step`; returns the last one of training, or {}."""
   if not path.exists():
     return {}
-  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-  kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+  whole = [line for line in lines if line.endswith("\n")]  # the last may have been cut short
+  try:
+    parsed = [json.loads(line) for line in whole]
+    kept = [line for line, values in zip(whole, parsed) if values["step"] <= step]
+    trained = [v for v in parsed if v["kind"] == "train" and v["step"] <= step]
+  except (ValueError, KeyError, TypeError):
+    raise InputError(f"{path}: holds a line that msjax did not write; move it away") from None
   if len(kept) < len(lines):
     with replacing(path) as file:
       file.write("".join(kept).encode())
-  trained = [line for line in map(json.loads, kept) if line["kind"] == "train"]
   return trained[-1] if trained else {}
 
 

@@ -7,8 +7,6 @@ import optax
 
 from msjax.config import OptimConfig
 
-GROUPS = ("backbone", "stream_embedding")
-
 
 def schedule(config: OptimConfig, steps: int, peak: float) -> optax.Schedule:
   """Learning rate by step: linear warm-up to `peak`, then constant with cooldown, or cosine.
@@ -51,16 +49,15 @@ def optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
 
 def _group(params: Any) -> Any:
   """Names the group of every parameter."""
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: GROUPS[_names(path)[-1] == "stream_embed"], params
-  )
+  group = lambda path, _: "stream_embedding" if _last(path) == "stream_embed" else "backbone"
+  return jax.tree_util.tree_map_with_path(group, params)
 
 
 def _decays(params: Any) -> Any:
   """Which parameters weight decay touches: matrices, not norms, biases or stream embeddings."""
   undecayed = lambda name: name.endswith(("norm", "bias")) or name == "stream_embed"
-  return jax.tree_util.tree_map_with_path(lambda path, _: not undecayed(_names(path)[-1]), params)
+  return jax.tree_util.tree_map_with_path(lambda path, _: not undecayed(_last(path)), params)
 
 
-def _names(path) -> tuple[str, ...]:
-  return tuple(str(key.key) for key in path)
+def _last(path) -> str:
+  return str(path[-1].key)

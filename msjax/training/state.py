@@ -82,19 +82,9 @@ class Learner:
     seed = jax.random.key(self.config.train.seed)
     key = jax.random.fold_in(seed, state.step)
     grad = jax.grad(self._loss_sum, has_aux=True)
-
-    def micro(total, part):
-      index, batch = part
-      return jax.tree.map(jnp.add, total, grad(state.params, batch, jax.random.fold_in(key, index)))
-
-    indices = jnp.arange(batch["tokens"].shape[0])
-    parts = (indices, batch)
-    if len(indices) == 1:
-      gradients, sums = grad(state.params, jax.tree.map(lambda x: x[0], batch), key)
-    else:
-      first = jax.eval_shape(grad, state.params, jax.tree.map(lambda x: x[0], batch), key)
-      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-      (gradients, sums), _ = jax.lax.scan(lambda t, p: (micro(t, p), None), zeros, parts)
+    gradients, sums = _sum(
+      lambda index, part: grad(state.params, part, jax.random.fold_in(key, index)), batch
+    )
     weight = jnp.maximum(sums["weight"], 1e-9)
     gradients = jax.tree.map(lambda g: g / weight, gradients)
     updates, opt_state = self.tx.update(gradients, state.opt_state, state.params)
@@ -145,6 +135,20 @@ class Learner:
       weights.reshape(-1),
     )
     return labels, weights, loss, entropy.reshape(labels.shape)
+
+
+def _sum(of_part, batch: Batch):
+  """Sum of `of_part(index, part)` over the leading axis of a batch, one part at a time."""
+  first = 0, jax.tree.map(lambda x: x[0], batch)
+  count = len(batch["tokens"])
+  if count == 1:
+    return of_part(*first)
+
+  def add(total, indexed):
+    return jax.tree.map(jnp.add, total, of_part(*indexed)), None
+
+  zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, *first))
+  return jax.lax.scan(add, zeros, (jnp.arange(count), batch))[0]
 
 
 def summarize(sums: dict[str, jax.Array], streams: Streams, config: LossConfig) -> Scalars:
