@@ -52,7 +52,7 @@ class ModelConfig:
   mlp_bias: bool = False
   tied_head: bool = True  # the output matrix is the embedding
   attention_dropout: float = 0.0
-  remat: str = "none"  # what the backward pass computes again: none, dots or full
+  remat: str = "dots"  # the backward pass computes again: none; dots: all but products; full: all
   dtype: str = "auto"  # of activations: float32, bfloat16; auto: float32 on CPU, else bfloat16
 
 

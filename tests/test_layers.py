@@ -1,15 +1,32 @@
-"""RMSNorm and rotary positions against their papers' formulas."""
+"""Products, RMSNorm and rotary positions against their formulas."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from msjax.config import RopeScaling
-from msjax.models.layers import rms_norm, rope_angles, rotate
+from msjax.models.layers import product, rms_norm, rope_angles, rotate
 
 HEAD, THETA = 16, 10_000.0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_has_the_gradients_of_one(dtype):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, 3, 8)), dtype)
+  matrix = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
+
+  def gradients(multiply):
+    return jax.grad(lambda x, m: (multiply(x, m).astype(jnp.float32) ** 2).sum(), (0, 1))(x, matrix)
+
+  ours, theirs = gradients(product), gradients(lambda x, m: x @ m.astype(x.dtype))
+  assert product(x, matrix).dtype == dtype
+  for a, b in zip(ours, theirs):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(*(np.asarray(g, np.float32) for g in (a, b)), rtol=1e-2, atol=1e-4)
 
 
 def test_rms_norm_is_its_formula():

@@ -160,7 +160,15 @@ def test_a_batch_without_weight_is_harmless():
   assert same_bits(after.params, first_state().params)
 
 
-@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_only_full_remat_takes_a_product_twice():
+  def products(policy):
+    step = jax.jit(learner_of(remat=policy).step)
+    return step.lower(first_state(), cut(random_batch(), 1)).as_text().count("dot_general")
+
+  assert products("none") == products("dots") < products("full")
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
 def test_remat_changes_memory_alone(policy):
   batch = cut(random_batch(), 1)
   kept, scalars = STEP(first_state(), batch)

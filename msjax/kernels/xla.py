@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from msjax.streams import Visibility
 
@@ -45,7 +46,8 @@ def attention(
     dropout: None when decoding and evaluating.
 
   Returns:
-    [B, N, L, H] in the dtype of q; scores and sums are float32.
+    [B, N, L, H] in the dtype of q; scores and sums are float32. What the backward pass takes from
+    the forward pass is named "attention" for remat policies.
   """
   B, N, L, H = q.shape
   K, M = k.shape[1:3]
@@ -165,7 +167,7 @@ def _forward(blocks, q, k, v, visibility, key):
 
 
 def _forward_saving(blocks, q, k, v, visibility, key):
-  out, log_sum = _forward(blocks, q, k, v, visibility, key)
+  out, log_sum = checkpoint_name(_forward(blocks, q, k, v, visibility, key), "attention")
   return out, (q, k, v, visibility, key, out, log_sum)
 
 

@@ -4,22 +4,27 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from msjax.config import RopeScaling
 
 
-@jax.custom_vjp
 def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-  """[..., D] x [D, F] -> [..., F] in x's dtype.
+  """[..., D] x [D, F] -> [..., F] in x's dtype; named "product" for remat policies.
 
   The matrix's gradient is written x^T g. JAX's own (g^T x)^T makes XLA on CPU transpose g together
   with all that g is computed from, which takes as long as the product.
   """
+  return checkpoint_name(_product(x, matrix), "product")
+
+
+@jax.custom_vjp
+def _product(x, matrix):
   return x @ matrix.astype(x.dtype)
 
 
 def _product_saving(x, matrix):
-  return product(x, matrix), (x, matrix)
+  return _product(x, matrix), (x, matrix)
 
 
 def _product_gradients(saved, g):
@@ -28,7 +33,7 @@ def _product_gradients(saved, g):
   return g @ matrix.T.astype(g.dtype), (flat(x).T @ flat(g)).astype(matrix.dtype)
 
 
-product.defvjp(_product_saving, _product_gradients)
+_product.defvjp(_product_saving, _product_gradients)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

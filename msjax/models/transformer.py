@@ -22,7 +22,7 @@ Rope = tuple[jax.Array, jax.Array]
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 REMAT = {
-  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
