@@ -81,11 +81,11 @@ def table(figures: list[dict[str, float | str]]) -> Table:
 
 
 def main(_) -> None:
-  """Measures every length with and without remat, one process after another."""
+  """Measures every length under every remat policy, one process after another."""
   context = multiprocessing.get_context("spawn")
   figures = []
   with concurrent.futures.ProcessPoolExecutor(1, context, max_tasks_per_child=1) as fresh:
-    for remat in ("none", "full"):
+    for remat in ("none", "dots", "full"):
       for length in LENGTHS:
         figures.append(fresh.submit(measure, length, remat).result())
         if _JSON.value:

@@ -35,8 +35,8 @@ def get_config():
       weight_decay=0.1,
     ),
     train=TrainConfig(
-      steps=1000, batch=8, eval_every=500, eval_batches=40, save_every=250, log_every=50
+      steps=5000, batch=2, eval_every=1000, eval_batches=100, save_every=1000, log_every=100
     ),
     report="likelihood",
-    baseline={"data.only_one_stream": True, "train.batch": 16},
+    baseline={"data.only_one_stream": True},
   )

@@ -52,7 +52,8 @@ class ModelConfig:
   mlp_bias: bool = False
   tied_head: bool = True  # the output matrix is the embedding
   attention_dropout: float = 0.0
-  remat: str = "dots"  # the backward pass computes again: none; dots: all but products; full: all
+  # What the backward pass computes again: none; dots: all but products and attention; full: all.
+  remat: str = "dots"
   dtype: str = "auto"  # of activations: float32, bfloat16; auto: float32 on CPU, else bfloat16
 
 

@@ -72,11 +72,16 @@ class Model:
       )
     return self._logits(self.module, jnp.asarray(tokens, jnp.int32))
 
-  def decoder(self, **kwargs) -> Decoder:
-    """Returns a `Decoder` of this model: rows of token ids, many sessions."""
+  def decoder(
+    self, batch: int = 1, temperature: float = 0.0, seed: int = 0, rows: int = 64
+  ) -> Decoder:
+    """Returns a `Decoder` of this model: rows of token ids, `batch` sessions.
+
+    The first call makes a second copy of the parameters, cut up for decoding, and keeps it.
+    """
     if self._unrolled is None:
       self._unrolled = Unrolled.of(self.module)
-    return Decoder(self._unrolled, **kwargs)
+    return Decoder(self._unrolled, batch, temperature, seed, rows)
 
   def generate(
     self,
@@ -106,8 +111,9 @@ class Model:
       raise InputError(f"temperature: {temperature}; expected 0, the likeliest token, or more")
     schedule = Schedule(self.streams)
     given = itertools.chain(((0, stream, text) for stream, text in inputs.items()), at)
-    for row, stream, text in sorted(given, key=lambda g: g[0]):  # no text is cut by an earlier one
-      schedule.put(row, stream, self._said(text))
+    given = [(_row(row, stream), stream, self._said(text)) for row, stream, text in given]
+    for row, stream, ids in sorted(given, key=lambda g: g[0]):  # no text is cut by an earlier one
+      schedule.put(row, stream, ids)
     if rows is not None and schedule.rows > rows:
       raise InputError(f"rows: {rows} end before the given text, which takes {schedule.rows} rows")
     return self._rows(schedule, rows, temperature, seed)
@@ -139,6 +145,12 @@ class Model:
         return
 
 
+def _row(row: int, stream: str) -> int:
+  if not (isinstance(row, int) and row >= 0):
+    raise InputError(f"row {row!r} for stream {stream!r}: expected a whole number, 0 or more")
+  return row
+
+
 class Schedule:
   """Which tokens the input streams get in which row.
 
@@ -158,8 +170,6 @@ class Schedule:
       raise InputError(
         f"stream {stream!r}: the model writes it; text can be put into input streams: {names}"
       )
-    if not (isinstance(row, int) and row >= 0):
-      raise InputError(f"row {row} for stream {stream!r}: expected a whole number, 0 or more")
     cells = self._cells[s]
     for id in ids:
       while row in cells:

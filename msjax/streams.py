@@ -10,6 +10,7 @@ computes attention has to know which variant it computes.
 
 import dataclasses
 import json
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -122,7 +123,7 @@ class Streams:
     doubled = sorted({n for n in names if names.count(n) > 1})
     if doubled:
       raise InputError(f"streams: {doubled[0]!r} stands twice; names must differ")
-    if not isinstance(self.silence_id, int):
+    if not isinstance(self.silence_id, numbers.Integral):
       raise InputError(f"streams: silence_id {self.silence_id!r}; expected the id of a token")
     if self.same_row not in SAME_ROW:
       raise InputError(

@@ -20,6 +20,7 @@ from msjax.files import replacing
 from msjax.streams import Streams
 from msjax.text import tokenizer as tokenizers
 from msjax.text.tokenizer import Tokenizer
+from msjax.training.checkpoint import saved_steps
 
 REPORT_VERSION = DATA_VERSION = 1
 
@@ -70,7 +71,7 @@ class WorkDir:
     with open(self.path / ".lock", "a+") as file:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except OSError:
+      except BlockingIOError:
         file.seek(0)
         owner = file.read().strip() or "unknown"
         raise InputError(
@@ -82,9 +83,9 @@ class WorkDir:
       yield
 
   @property
-  def begun(self) -> bool:
-    """Whether a checkpoint lies here: until then there is nothing that another run would spoil."""
-    return any(path.name.isdigit() for path in self.checkpoints.glob("*"))
+  def steps_taken(self) -> int:
+    """At the latest checkpoint; 0 without one: there is nothing that another run would spoil."""
+    return max(saved_steps(self.checkpoints), default=0)
 
   def claim(
     self,
@@ -102,7 +103,7 @@ class WorkDir:
       fingerprints: of the data, by split.
     """
     data = {"format_version": DATA_VERSION, **fingerprints}
-    if self.begun:
+    if self.steps_taken:
       self._check_same(config, streams, tokenizer, data)
     tokenizer.save(self.path / "tokenizer.json")
     write_json(self.path / "streams.json", streams.to_json())
@@ -126,13 +127,23 @@ class WorkDir:
         f"--workdir {self.path}: its streams.json or tokenizer.json is not this run's; the "
         "training text or the tokenizer file has changed; use another --workdir"
       )
-    before = self._read("data.json")
-    if before != data:
-      split = next(s for s in sorted(before | data) if before.get(s) != data.get(s))
+    if config.train.steps < self.steps_taken:
       raise InputError(
-        f"--workdir {self.path}: its {split} data has changed since the run began; use another "
-        "--workdir, or --config.init_from to start from its parameters"
+        f"config.train.steps: {config.train.steps}, but {self.path} has taken {self.steps_taken}; "
+        "expected as many or more"
       )
+    before = self._read("data.json")
+    if before.get("format_version") != DATA_VERSION:
+      raise InputError(
+        f"{self.path / 'data.json'}: format_version {before.get('format_version')}, this msjax "
+        f"reads {DATA_VERSION}"
+      )
+    for split in sorted(before | data):
+      if before.get(split) != data.get(split):
+        raise InputError(
+          f"config.data.{split}: not the data with which the run in {self.path} began; use another "
+          "--workdir, or --config.init_from to start from its parameters"
+        )
 
   def config(self) -> Config:
     """Reads config.json."""

@@ -1,5 +1,6 @@
 """Rows in, rows out: what the model writes, and what it does not depend on."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,6 +11,7 @@ import pytest
 from msjax.config import Config, ModelConfig
 from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode, fill
+from msjax.errors import InputError, RunError
 from msjax.kernels import xla
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.state import Learner
@@ -83,6 +85,30 @@ def test_where_nothing_was_read_silence_is_written():
   np.testing.assert_array_equal(out[0, 0, [0, 2]], SILENCE)  # the very first row
   np.testing.assert_array_equal(out[1, 3, [0, 2]], SILENCE)  # after holes
   assert out[0, 7, 0] == SILENCE
+
+
+def test_a_session_goes_on_where_it_was():
+  whole = written(grid := listening(), temperature=1.0)
+  decoder = Decoder(unrolled(), batch=2, temperature=1.0)
+  parts = [fill(decoder, part) for part in np.split(grid, 3, axis=1)]
+  np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
+
+
+@pytest.mark.parametrize(
+  "row", [[[VOCAB, 0, 0]], [[FREE, 0, 0]], [[0, 0]], [[0, 0, 0], [0, 0, 0]], [0, 0, 0]]
+)
+def test_what_is_no_row_is_refused(row):
+  with pytest.raises(
+    InputError, match=r"row of shape .*; expected shape \(1, 3\), ids -1 \(hole\)"
+  ):
+    Decoder(unrolled()).feed(np.array(row, np.int32))
+
+
+def test_broken_parameters_write_nothing():
+  broken = jax.tree.map(lambda p: p, unrolled())
+  broken = dataclasses.replace(broken, columns=broken.columns.at[:, 7].set(jnp.nan))
+  with pytest.raises(RunError, match="row 1: logits are not finite"):
+    fill(Decoder(broken, batch=2), listening())
 
 
 def test_greedy_writing_depends_on_neither_seed_nor_room():

@@ -16,17 +16,17 @@ HEAD, THETA = 16, 10_000.0
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_product_has_the_gradients_of_one(dtype):
   rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.normal(size=(2, 3, 8)), dtype)
-  matrix = jnp.asarray(rng.normal(size=(8, 5)), jnp.float32)
-
-  def gradients(multiply):
-    return jax.grad(lambda x, m: (multiply(x, m).astype(jnp.float32) ** 2).sum(), (0, 1))(x, matrix)
-
-  ours, theirs = gradients(product), gradients(lambda x, m: x @ m.astype(x.dtype))
-  assert product(x, matrix).dtype == dtype
-  for a, b in zip(ours, theirs):
-    assert a.dtype == b.dtype
-    np.testing.assert_allclose(*(np.asarray(g, np.float32) for g in (a, b)), rtol=1e-2, atol=1e-4)
+  x, y = (jnp.asarray(rng.normal(size=(2, 300, n)), dtype) for n in (8, 5))
+  matrix = jnp.asarray(rng.normal(size=(8, 5)), dtype).astype(jnp.float32)
+  out, pull = jax.vjp(product, x, matrix)
+  d_x, d_matrix = pull(y)
+  assert (out.dtype, d_x.dtype, d_matrix.dtype) == (dtype, dtype, jnp.float32)
+  x64, y64, matrix64 = (np.asarray(a, np.float64) for a in (x, y, matrix))
+  step = {"float32": 2.0**-24, "bfloat16": 2.0**-9}[dtype]
+  np.testing.assert_allclose(np.asarray(out, np.float64), x64 @ matrix64, atol=32 * step)
+  np.testing.assert_allclose(np.asarray(d_x, np.float64), y64 @ matrix64.T, atol=32 * step)
+  expected = np.einsum("blx,bly->xy", x64, y64)  # summed in float32, and not rounded after
+  np.testing.assert_allclose(d_matrix, expected, atol=1e-4)
 
 
 def test_rms_norm_is_its_formula():

@@ -97,11 +97,29 @@ def test_training_a_tokenizer_lists_wrong_records_once(tmp_path, caplog):
   assert [r.levelno for r in caplog.records if f"{path}:2" in r.getMessage()] == [logging.WARNING]
 
 
+@pytest.mark.parametrize(
+  "record",
+  [
+    {"messages": [CHAT["messages"][0]]},
+    {**TABLE, "loss_mask": [0, 0]},
+    {**TABLE, "token_ids": [[1, 2, 3], [4, None, 6]]},
+    {"num_rows": 1, "token_ids": [[1], [4]]},
+  ],
+)
+def test_data_that_teaches_nothing_is_told(tmp_path, record):
+  path, good = file_of(tmp_path, record), file_of(tmp_path, record, CHAT, name="good.jsonl")
+  assert len(load.load(config_of(good)).train) == 2
+  with pytest.raises(InputError, match=r"config.data.train: no cell has a loss.*output:output:1.0"):
+    load.load(config_of(path))
+  with pytest.raises(InputError, match=r"config.data.valid: no cell has a loss"):
+    load.load(config_of(good, valid=path))
+
+
 def test_fingerprints_go_by_split(tmp_path):
-  chat, table = file_of(tmp_path, CHAT), file_of(tmp_path, TABLE, name="valid.jsonl")
-  both = load.load(config_of(chat, valid=table)).fingerprints
+  chat, script = file_of(tmp_path, CHAT), file_of(tmp_path, SCRIPT, name="valid.jsonl")
+  both = load.load(config_of(chat, valid=script)).fingerprints
   assert load.load(config_of(chat)).fingerprints == {"train": both["train"]}
-  assert load.load(config_of(table, valid=chat)).fingerprints == {
+  assert load.load(config_of(script, valid=chat)).fingerprints == {
     "train": both["valid"],
     "valid": both["train"],
   }
@@ -111,9 +129,13 @@ def test_fingerprints_go_by_split(tmp_path):
 
 
 def test_bpe_is_trained_on_the_training_text_alone(tmp_path):
-  train = file_of(tmp_path, {"messages": [{"role": "user", "content": "wurzelwerk " * 50}]}, SCRIPT)
+  train = file_of(
+    tmp_path, {"messages": [{"role": "assistant", "content": "wurzelwerk " * 50}]}, SCRIPT
+  )
   valid = file_of(
-    tmp_path, {"messages": [{"role": "user", "content": "quarkspeise " * 50}]}, name="valid.jsonl"
+    tmp_path,
+    {"messages": [{"role": "assistant", "content": "quarkspeise " * 50}]},
+    name="valid.jsonl",
   )
   data = load.load(config_of(train, valid=valid, tokenizer="bpe:300"))
   assert data.tokenizer.vocab_size <= 300
@@ -180,7 +202,7 @@ def test_only_one_stream_doubles_the_examples(tmp_path):
 
 
 def test_chats_are_split_by_their_ids_and_the_tokenizer_sees_only_the_training_half(monkeypatch):
-  talk = lambda id, text: Conversation((Message("user", text, time=0.0),), id=id)
+  talk = lambda id, text: Conversation((Message("assistant", text, time=0.0),), id=id)
   monkeypatch.setattr(
     chitchat, "conversations", lambda: [talk("a", "wurzel " * 40), talk("b", "quark " * 40)]
   )

@@ -199,6 +199,31 @@ def test_a_signal_in_the_last_step_is_not_forgotten(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("light_step")
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(tmp_path, monkeypatch):
+  wait = Checkpoints.wait
+
+  def stopped_at_the_end(self):
+    if self._writing is not None and self.latest == 4:  # 6 is being written
+      os.kill(os.getpid(), signal.SIGTERM)
+    wait(self)
+
+  monkeypatch.setattr(Checkpoints, "wait", stopped_at_the_end)
+  with pytest.raises(Stopped, match="saved at step 6;"):
+    train(arithmetic(), WorkDir(tmp_path))
+  assert saved_steps(WorkDir(tmp_path))[-1] == 6
+
+
+@pytest.mark.usefixtures("light_step")
+def test_a_held_out_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path, monkeypatch):
+  losses = iter([1.0, float("nan")])
+  monkeypatch.setattr(loop, "evaluate", lambda *_: {"loss": next(losses)})
+  config = arithmetic(train__eval_every=2, train__save_every=100)
+  with pytest.raises(RunError, match=r"step 4: held-out loss nan; last good checkpoint: .*/2$"):
+    train(config, WorkDir(tmp_path))
+  assert saved_steps(WorkDir(tmp_path)) == [2]
+
+
+@pytest.mark.usefixtures("light_step")
 def test_signals_mean_again_what_they_did_before(tmp_path, monkeypatch):
   before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
   stopping(monkeypatch, at=1)
@@ -446,7 +471,7 @@ def test_another_silence_is_refused_and_another_rule_is_told(tmp_path, caplog):
 def test_a_vocabulary_of_the_same_size_but_other_tokens_is_refused(tmp_path):
   def run(name, text, **changes):
     path = tmp_path / f"{name}.jsonl"
-    path.write_text(json.dumps({"messages": [{"role": "user", "content": text * 99}]}))
+    path.write_text(json.dumps({"messages": [{"role": "assistant", "content": text * 99}]}))
     config = Config(
       model=SMALL,
       data=DataConfig(train=str(path), tokenizer="bpe:300", rows=8),

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import re
@@ -5,6 +6,7 @@ import struct
 
 import jax.numpy as jnp
 import pytest
+from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from msjax.errors import InputError, RunError
@@ -61,6 +63,12 @@ def test_scalars_come_back_as_numbers(path):
 def test_lines_are_written_every_so_many_steps_and_at_the_end(path):
   run(path, 0, 5, log_every=2)
   assert [line["step"] for line in lines(path)] == [2, 4, 5]
+
+
+def test_a_figure_that_is_not_finite_is_null(path):
+  with Metrics(path, 0, 1, 1, NAMES) as metrics:
+    metrics.step(1, {**SCALARS, "loss": jnp.float32("nan")})
+  assert lines(path)[0]["loss"] is None
 
 
 def test_a_line_of_json_holds_every_figure(path):
@@ -174,9 +182,12 @@ def test_a_finished_run_loses_nothing(path):
 # What else is there.
 
 
-def test_a_disk_too_full_for_tensorboard_is_an_error_too(path):
+def test_a_disk_too_full_for_tensorboard_is_an_error_too(path, monkeypatch):
+  def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
   metrics = Metrics(path, 0, 3, 1, NAMES)
-  metrics._board._py_recordio_writer._writer = open("/dev/full", "wb")  # noqa: SIM115
+  monkeypatch.setattr(EventsWriter, "write_event", full)
   with pytest.raises(RunError, match=r"metrics cannot be written: No space left"), metrics:
     metrics.step(1, SCALARS)
 

@@ -191,6 +191,7 @@ def test_text_may_come_later_and_queues_up_in_order():
     ({"inputs": {"user": "abc"}, "rows": 3}, "rows: 3 end before.*takes 4 rows"),
     ({"at": [(7, "user", "a")], "rows": 8}, "takes 9 rows"),
     ({"rows": 0}, "rows: 0; expected 1 or more"),
+    ({"inputs": {"user": "a"}, "at": [("3", "user", "a")]}, "row '3' for stream 'user': expected"),
     ({"at": [(1.5, "user", "a")]}, "row 1.5 for stream 'user': expected a whole number"),
     ({"inputs": {"user": None}}, "text None: expected a str, not NoneType"),
     ({"temperature": -0.5}, "temperature: -0.5; expected 0"),

@@ -61,13 +61,6 @@ def test_a_fingerprint_goes_by_what_is_trained_on(tmp_path):
   assert of(CHAT, {**TABLE, "loss_mask": [0, 0.25]}) != first
 
 
-def test_data_that_nothing_is_learned_from_is_told(tmp_path):
-  unheard = {"streams": ["user"], "spans": [{"stream": "user", "row": 0, "text": "hi"}]}
-  with pytest.raises(InputError, match="data: no cell has a loss weight"):
-    jsonl(file_of(tmp_path, {**TABLE, "loss_mask": [0, 0]}))
-  assert len(jsonl(file_of(tmp_path, unheard, TABLE))) == 2
-
-
 @given(
   st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(2, 6), st.integers(0, 2**32)
 )

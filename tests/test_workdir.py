@@ -112,6 +112,20 @@ def test_what_may_change_is_told_and_kept(workdir, caplog, changes, lines):
   assert workdir.config() == Config.from_json(changed.to_json())
 
 
+def test_steps_are_not_untaken(workdir):
+  (workdir.checkpoints / "10").mkdir()
+  claim(workdir)
+  with pytest.raises(InputError, match=r"config.train.steps: 9, but .*run has taken 10; expected"):
+    claim(workdir, CONFIG.changed({"train.steps": 9}))
+  assert workdir.config().train.steps == 10
+
+
+def test_data_of_another_version_is_told(workdir):
+  write_json(workdir.path / "data.json", {"format_version": 2, **DATA})
+  with pytest.raises(InputError, match=r"data.json: format_version 2, this msjax reads 1"):
+    claim(workdir)
+
+
 def test_a_tokenizer_or_streams_that_changed_under_the_same_name_are_refused(workdir):
   with pytest.raises(InputError, match=r"streams.json or tokenizer.json is not this run's"):
     claim(workdir, tokenizer=tokenizers.ByteTokenizer(added=("+3",)))
@@ -124,7 +138,7 @@ def test_a_tokenizer_or_streams_that_changed_under_the_same_name_are_refused(wor
 )
 def test_data_that_changed_is_refused(workdir, data):
   before = (workdir.path / "data.json").read_bytes()
-  with pytest.raises(InputError, match="its valid data has changed since the run began"):
+  with pytest.raises(InputError, match=r"config.data.valid: not the data with which the run in"):
     claim(workdir, data=data)
   assert (workdir.path / "data.json").read_bytes() == before
 

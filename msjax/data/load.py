@@ -11,7 +11,7 @@ from msjax.data import chitchat, synthetic
 from msjax.data.formats import BadRecords, Conversation, Record, Script, read
 from msjax.data.layout import Layout
 from msjax.data.pipeline import SPLITS, OneStream, Source
-from msjax.data.source import JsonlSource, RecordSource
+from msjax.data.source import Example, JsonlSource, RecordSource
 from msjax.errors import InputError
 from msjax.streams import Streams
 from msjax.text import tokenizer as tokenizers
@@ -61,8 +61,20 @@ def load(config: Config, made_before: pathlib.Path | None = None) -> Data:
   if d.only_one_stream:
     sources = [source and OneStream(source, len(streams)) for source in sources]
   for split, source in zip(SPLITS, sources):
+    if source and not any(_teaches(source[i], config, streams) for i in range(len(source))):
+      raise InputError(
+        f"config.data.{split}: no cell has a loss weight; expected some in the trained streams of "
+        f"{', '.join(map(str, streams.streams))}"
+      )
     logging.info("%s: %s examples", split, f"{len(source):,}" if source else "no")
   return Data(tokenizer, streams, *sources)
+
+
+def _teaches(example: Example, config: Config, streams: Streams) -> bool:
+  """Whether any cell is predicted with a weight."""
+  tokens, weights = example.tokens[None], example.weights[None]
+  _, weights = streams.labels(tokens, None, weights, config.loss.silence_weight)
+  return bool(weights.any())
 
 
 def layout_of(config: Config) -> Layout:
@@ -77,7 +89,10 @@ def _sources(config: Config, streams: Streams, tokenizer: Tokenizer) -> list[Sou
     chats = chitchat.conversations()
     return [
       RecordSource(
-        (c for c in chats if chitchat.split(c.id) == split), streams, tokenizer, layout, d.rows
+        (c for c in chats if chitchat.split(c.id) == split),
+        *(streams, tokenizer, layout, d.rows),
+        BadRecords(d.on_bad_record),
+        name=f"chitchat ({split})",
       )
       for split in SPLITS
     ]

@@ -48,6 +48,7 @@ class RecordSource:
     layout: Layout,
     max_rows: int,
     bad: BadRecords | None = None,
+    name: str = "data",
   ):
     """Reads, checks and tokenises every record.
 
@@ -58,6 +59,11 @@ class RecordSource:
       layout: of messages.
       max_rows: the longest example, 2 or more.
       bad: what to do with wrong records; by default the first raises `RecordError`.
+      name: of the whole, for messages.
+
+    Raises:
+      RecordError: a record is wrong.
+      InputError: no record is left.
     """
     if max_rows < 2:
       raise InputError(f"max_rows: {max_rows}; expected 2 or more, a row and one that it predicts")
@@ -66,22 +72,20 @@ class RecordSource:
     for record in records:
       with self.bad.caught():
         table = to_table(record, streams, tokenizer, layout)
-        name = record.id or str(record.where)
+        id = record.id or str(record.where)
         starts = range(0, len(table.tokens), max_rows)
         tokens.append(table.tokens)
         weights.append(table.weights)
         lengths += [min(max_rows, len(table.tokens) - start) for start in starts]
-        self._ids += [name, *(f"{name}#{window}" for window in range(2, len(starts) + 1))]
+        self._ids += [id, *(f"{id}#{window}" for window in range(2, len(starts) + 1))]
         long += len(starts) > 1
     if not tokens:
-      raise InputError(f"data: no record is left, {len(self.bad.messages)} were bad")
+      raise InputError(f"{name}: no record is left, {len(self.bad.messages)} were bad")
     if self.bad.messages:
       logging.warning("%d bad records are left out", len(self.bad.messages))
     if long:
       logging.info("%d of %d records are cut into windows of %d rows", long, len(tokens), max_rows)
     self._tokens, self._weights = np.concatenate(tokens), np.concatenate(weights)
-    if not np.any(self._weights * streams.weights):
-      raise InputError("data: no cell has a loss weight; expected one in a stream that is trained")
     self._tokens.flags.writeable = self._weights.flags.writeable = False
     self._bounds = np.cumsum([0, *lengths])
 
@@ -122,8 +126,8 @@ class JsonlSource(RecordSource):
   ):
     """Reads one file or several; the other arguments as for `RecordSource`."""
     paths = [paths] if isinstance(paths, str | os.PathLike) else paths
-    bad = BadRecords(on_bad_record)
-    super().__init__(_read_all(paths, bad), streams, tokenizer, layout, max_rows, bad)
+    bad, name = BadRecords(on_bad_record), ", ".join(map(str, paths))
+    super().__init__(_read_all(paths, bad), streams, tokenizer, layout, max_rows, bad, name)
 
 
 def _read_all(paths: Sequence[str | os.PathLike], bad: BadRecords) -> Iterator[Record]:

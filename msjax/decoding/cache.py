@@ -44,8 +44,7 @@ def _unrolled(model: Transformer) -> Unrolled:
   cast = lambda p: p if p.ndim < 2 else p.astype(model.dtype)  # norm scales stay float32
   layer = lambda i: jax.tree.map(lambda stacked: cast(stacked[i]), model.layers)
   trunk = jax.tree.map(lambda p: p, model)
-  trunk.head = None
-  del trunk.layers
+  del trunk.layers, trunk.head
   return Unrolled(trunk, tuple(map(layer, range(model.cfg.layers))), cast(model.output_matrix.T))
 
 

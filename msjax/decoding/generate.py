@@ -12,9 +12,11 @@ import numpy as np
 
 from msjax.decoding.cache import Cache, Unrolled, feed_row
 from msjax.decoding.sampling import sample
+from msjax.errors import InputError, RunError
 from msjax.streams import HOLE
 
 FREE = -2  # in a row that is handed in: let the model write this cell
+_NOT_FINITE = -3  # in a proposal: there is no likeliest token
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
@@ -25,18 +27,26 @@ def _tick(
   temperature: jax.Array,
   key: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-  """Feeds a row [B, S]; returns the proposal for the next [B, S], silence after a hole."""
+  """Feeds a row [B, S]; returns the proposal for the next [B, S], silence after a hole and
+  `_NOT_FINITE` where the logits are not."""
   hidden, cache = feed_row(model, cache, tokens)
   logits = model.logits(hidden, tokens)
   session_keys = jax.vmap(
     lambda session, row: jax.random.fold_in(jax.random.fold_in(key, session), row)
   )(jnp.arange(tokens.shape[0]), cache.row)
   proposal = sample(logits, temperature, session_keys)
+  proposal = jnp.where(jnp.isfinite(logits.max(-1)), proposal, _NOT_FINITE)
   return jnp.where(tokens == HOLE, model.trunk.streams.silence_id, proposal), cache
 
 
 class Decoder:
-  """B sessions that advance together, row by row; the cache grows as they do."""
+  """B sessions that advance together, row by row; the cache grows as they do.
+
+  Attributes:
+    streams: of the model.
+    rows_fed: so far.
+    proposal: what the model would write in the next row, int32 [B, S]; silence before the first.
+  """
 
   def __init__(
     self,
@@ -53,29 +63,46 @@ class Decoder:
     self.key = jax.random.key(seed)
     self.cache = Cache.empty(model.trunk, batch, rows)
     self.rows_fed = 0
+    self.proposal = jnp.full((batch, len(self.streams)), self.streams.silence_id, jnp.int32)
 
   def feed(self, row: np.ndarray) -> jax.Array:
-    """Feeds a row int32 [B, S], returns the proposal for the next, int32 [B, S]."""
+    """Feeds a row int32 [B, S] of token ids and holes; returns the next proposal.
+
+    Raises:
+      InputError: a row of another shape, or of ids that are no tokens.
+    """
+    expected, vocab = self.proposal.shape, self.model.columns.shape[1]
+    if row.shape != expected or row.min() < HOLE or row.max() >= vocab:
+      raise InputError(
+        f"row of shape {row.shape}, ids {row.min()} to {row.max()}; expected shape {expected}, "
+        f"ids -1 (hole) to {vocab - 1}"
+      )
     if (self.rows_fed + 1) * len(self.streams) > self.cache.capacity:
       self.cache = self.cache.grown(self.cache.capacity)
-    proposal, self.cache = _tick(
+    self.proposal, self.cache = _tick(
       self.model, self.cache, jnp.asarray(row), self.temperature, self.key
     )
     self.rows_fed += 1
-    return proposal
+    return self.proposal
 
 
 def decode(decoder: Decoder, given: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
   """Yields complete rows int32 [B, S], one for each row of `given`, as they are made.
 
-  Cells of `given` are token ids, holes, or FREE for the model to write; free cells of the very
+  Cells of `given` are token ids, holes, or FREE for the model to write; free cells of a session's
   first row and those after a hole are silence, for there is nothing to write them from.
+
+  Raises:
+    InputError: a cell of `given` is none of these.
+    RunError: the model's logits are not finite.
   """
-  proposal = decoder.streams.silence_id
   for row in given:
+    proposal = np.asarray(decoder.proposal)
+    if (proposal == _NOT_FINITE).any():
+      raise RunError(f"row {decoder.rows_fed}: logits are not finite; are the parameters?")
     row = np.where(row == FREE, proposal, row).astype(np.int32)
     yield row
-    proposal = np.asarray(decoder.feed(row))
+    decoder.feed(row)
 
 
 def fill(decoder: Decoder, grid: np.ndarray) -> np.ndarray:

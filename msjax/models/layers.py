@@ -30,7 +30,8 @@ def _product_saving(x, matrix):
 def _product_gradients(saved, g):
   x, matrix = saved
   flat = lambda a: a.reshape(-1, a.shape[-1])
-  return g @ matrix.T.astype(g.dtype), (flat(x).T @ flat(g)).astype(matrix.dtype)
+  d_matrix = jnp.matmul(flat(x).T, flat(g), preferred_element_type=matrix.dtype)
+  return g @ matrix.T.astype(g.dtype), d_matrix
 
 
 _product.defvjp(_product_saving, _product_gradients)

@@ -55,7 +55,7 @@ class Checkpoints:
 
   def latest_path(self) -> str:
     """Names the latest whole checkpoint on disk, or says "none"."""
-    steps = _steps(self.directory)
+    steps = saved_steps(self.directory)
     return str(self.directory / str(steps[-1])) if steps else "none"
 
   @property
@@ -138,7 +138,7 @@ def load_params(
 
 def _chosen(directory: pathlib.Path, step: int | str) -> int:
   """Returns the number of the checkpoint that is asked for."""
-  steps = _steps(directory)
+  steps = saved_steps(directory)
   if not steps:
     raise InputError(f"{directory}: holds no checkpoint; train this work directory first")
   if step == "latest":
@@ -173,7 +173,7 @@ def _placed(abstract: Any) -> Any:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
 
 
-def _steps(directory: pathlib.Path) -> list[int]:
+def saved_steps(directory: pathlib.Path) -> list[int]:
   """Steps of the whole checkpoints in a directory, which may not exist; temporary names differ."""
   names = (p.name for p in directory.iterdir()) if directory.is_dir() else ()
   return sorted(int(name) for name in names if name.isdigit())

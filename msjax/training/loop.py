@@ -64,7 +64,7 @@ def train(config: Config, workdir: WorkDir) -> Trained:
   if jax.process_count() > 1:
     raise InputError(f"{jax.process_count()} processes: training runs in one so far; start one")
   with workdir.lock():
-    made_before = workdir.path / "tokenizer.json" if workdir.begun else None
+    made_before = workdir.path / "tokenizer.json" if workdir.steps_taken else None
     data = data_lib.load(config, made_before)
     workdir.claim(config, data.streams, data.tokenizer, data.fingerprints)
     learner = Learner(config, data.streams, data.tokenizer.vocab_size)
@@ -81,7 +81,7 @@ def train(config: Config, workdir: WorkDir) -> Trained:
       state = _start(learner, checkpoints, batches, data.tokenizer)
       start = int(state.step)
       if start >= t.steps:
-        logging.info("all %d steps are taken; config.train.steps=N takes more", start)
+        logging.info("all %d steps are taken; more by a larger --config.train.steps", start)
       best = checkpoints.best_loss
       take_step = jax.jit(learner.step, donate_argnums=0)
       with Metrics(workdir.metrics, start, t.steps, t.log_every, data.streams.names) as metrics:
@@ -107,6 +107,12 @@ def train(config: Config, workdir: WorkDir) -> Trained:
             scores = evaluate(learner, state.params, data.valid)
             metrics.write("valid", step, scores)
             valid_loss = scores["loss"]
+            if not math.isfinite(valid_loss):
+              checkpoints.wait()
+              raise RunError(
+                f"step {step}: held-out loss {valid_loss}; "
+                f"last good checkpoint: {checkpoints.latest_path()}"
+              )
             logging.info("step %d  held-out loss %.4f", step, valid_loss)
           is_best = valid_loss is not None and valid_loss < best
           best = valid_loss if is_best else best
@@ -117,8 +123,8 @@ def train(config: Config, workdir: WorkDir) -> Trained:
             checkpoints.wait()
             raise Stopped(f"stopped by a signal and saved at step {step}; run again to go on")
         seconds = metrics.seconds
+      checkpoints.wait()
       if stop.is_set():  # asked for while the last step was being saved
-        checkpoints.wait()
         raise Stopped(f"stopped by a signal and saved at step {t.steps}; run again to go on")
   return Trained(learner, state.params, data, seconds)
 

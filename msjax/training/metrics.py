@@ -105,9 +105,10 @@ class Metrics:
       self._since, self._interval_begun, self._data_wait, self._cells = step, now, 0.0, 0.0
     return values
 
-  def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
     """Appends one JSON line and the same to TensorBoard."""
-    line = {"format_version": FORMAT_VERSION, "kind": kind, "step": step, **values}
+    known = {n: v if math.isfinite(v) else None for n, v in values.items()}  # JSON has no NaN
+    line = {"format_version": FORMAT_VERSION, "kind": kind, "step": step, **known}
     try:
       self._file.write(json.dumps(line) + "\n")
       self._file.flush()
