@@ -4,9 +4,9 @@ Every message ends in the row of the moment it was sent, at two rows a second; p
 seconds. The model learns both sides, and reads one of them when it decodes.
 
   machine   2 CPU cores
-  time      about 20 minutes on a busy machine, and at least as long again for the baseline
-  result    held-out loss 2.40 nats a cell after 1,000 steps; the report sets it against unigram
-            frequencies and the same model trained with each stream alone
+  time      10 minutes, and at least as long again for the baseline
+  result    1.994 bits a byte of held-out text; the same model trained with each stream alone, for
+            as many steps, 2.073; unigram frequencies 3.132
   command   pip install -e '.[demo]' && python -m msjax.train --config=configs/chitchat.py
 """
 
