@@ -103,16 +103,24 @@ def test_without_a_held_out_loss_none_is_best(tmp_path):
 # Parameters alone.
 
 
-@pytest.mark.parametrize("step", [None, 1, 2])
+@pytest.mark.parametrize("step", ["latest", "1", 2])
 @pytest.mark.parametrize("shapes", [None, abstract().params], ids=["as saved", "as asked"])
 def test_parameters_are_read_alone(tmp_path, step, shapes):
   saved(tmp_path, 1, 2)
-  assert equal(load_params(tmp_path, shapes, step), state(step or 2).params)
+  assert equal(load_params(tmp_path, shapes, step), state(1 if step == "1" else 2).params)
+
+
+def test_the_best_goes_by_held_out_loss(tmp_path):
+  saved(tmp_path / "a", 1, 2, 3, losses={1: 3.0, 2: 1.0})
+  assert equal(load_params(tmp_path / "a", None, "best"), state(2).params)
+  saved(tmp_path / "b", 1)
+  with pytest.raises(InputError, match="no checkpoint has a held-out loss; take latest or a step"):
+    load_params(tmp_path / "b", None, "best")
 
 
 def test_a_step_that_is_not_there_names_those_that_are(tmp_path):
   saved(tmp_path, 1, 2)
-  with pytest.raises(InputError, match=r"no checkpoint of step 7; there are \[1, 2\]"):
+  with pytest.raises(InputError, match="no checkpoint of step 7; there are 1, 2, latest and best"):
     load_params(tmp_path, None, 7)
 
 
