@@ -14,6 +14,7 @@ CORE = [
   "optax>=0.2.8",
   "orbax-checkpoint>=0.12.8",
   "rich>=13.0",
+  "safetensors>=0.6",
   "tensorboardX>=2.6.2",
   "tensorstore>=0.1.74",
   "tokenizers>=0.21",

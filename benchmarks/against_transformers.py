@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import transformers
 from absl import flags
-from hf_weights import STREAM_EMBEDDING, params_from_hf
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from msjax.config import Config, ModelConfig, OptimConfig
 from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode
 from msjax.errors import InputError, RunError
+from msjax.hub.names import STREAM_EMBEDDING, read_params
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.state import Learner, TrainState
 
@@ -64,7 +64,7 @@ class Msjax:
     """Takes over Hugging Face weights; `tokens` int32 [B, R, S] are what is trained on."""
     learner = Learner(Config(model=MODEL, optim=OPTIM), streams, VOCAB)
     like = jax.eval_shape(learner.init, jax.random.key(0)).params
-    params = jax.tree.map(jnp.asarray, params_from_hf(weights, like))
+    params = jax.tree.map(jnp.asarray, read_params(weights, like))
     self._model = Unrolled.of(learner.model(params))
     # A step gives its state's memory away; the decoder keeps the parameters it has.
     params = jax.tree.map(jnp.copy, params)

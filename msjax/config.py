@@ -34,9 +34,10 @@ class RopeScaling:
 class ModelConfig:
   """A decoder that is Qwen3, Qwen2.5 or Llama by these fields.
 
-  Qwen3: `qk_norm`. Qwen2.5: `qkv_bias`. Llama: neither. The vocabulary is the tokenizer's.
+  Qwen3: `qk_norm`. Qwen2.5: `qkv_bias`. Llama: neither.
   """
 
+  vocab_size: int = 0  # V, of a tokenizer.json whose embedding has more rows; 0: the tokenizer's
   dim: int = 64  # D
   layers: int = 2
   heads: int = 2  # N, query heads
@@ -149,6 +150,7 @@ class Config:
     _positive(d, "data", "rows rows_per_second max_pause min_ops max_ops")
     _positive(o, "optim", "learning_rate eps")
     _positive(t, "train", "steps batch micro_batches log_every save_every keep read_threads")
+    _not_negative(m, "model", "vocab_size")
     _not_negative(d, "data", "wait_k")
     _not_negative(self.loss, "loss", "silence_weight z_loss label_smoothing")
     _not_negative(

@@ -102,12 +102,21 @@ class WorkDir:
       tokenizer: of the data.
       fingerprints: of the data, by split.
     """
+    if 0 in saved_steps(self.checkpoints):
+      raise InputError(
+        f"--workdir {self.path}: holds an imported model; train in another --workdir, with "
+        f"--config.init_from={self.path}"
+      )
     data = {"format_version": DATA_VERSION, **fingerprints}
     if self.steps_taken:
       self._check_same(config, streams, tokenizer, data)
+    write_json(self.path / "data.json", data)
+    self.describe(config, streams, tokenizer)
+
+  def describe(self, config: Config, streams: Streams, tokenizer: Tokenizer) -> None:
+    """Writes what a model is, beside its parameters."""
     tokenizer.save(self.path / "tokenizer.json")
     write_json(self.path / "streams.json", streams.to_json())
-    write_json(self.path / "data.json", data)
     write_json(self.path / "config.json", config.to_json())
 
   def _check_same(self, config, streams, tokenizer, data) -> None:
@@ -155,7 +164,11 @@ class WorkDir:
 
   def tokenizer(self) -> Tokenizer:
     """Reads tokenizer.json; its silence token is the one in streams.json."""
-    return tokenizers.load(self.path / "tokenizer.json", silence=self.streams().silence_id)
+    return tokenizers.load(
+      self.path / "tokenizer.json",
+      silence=self.streams().silence_id,
+      vocab_size=self.config().model.vocab_size,
+    )
 
   def report(self) -> dict[str, Any]:
     """Reads report.json."""

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from hf_weights import STREAM_EMBEDDING, params_from_hf
 from safetensors.numpy import load_file
 from transformers import (
   LlamaConfig,
@@ -22,6 +21,7 @@ from transformers import (
 from msjax.config import Config, ModelConfig, RopeScaling
 from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, fill
+from msjax.hub.names import STREAM_EMBEDDING, read_params
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.state import Learner, TrainState
 
@@ -91,7 +91,7 @@ def msjax_model(learner, hf, stream_embed):
   weights = {name: w.numpy() for name, w in hf.state_dict().items()}
   weights[STREAM_EMBEDDING] = stream_embed
   like = jax.eval_shape(learner.init, jax.random.key(0)).params
-  return learner.model(jax.tree.map(jnp.asarray, params_from_hf(weights, like)))
+  return learner.model(jax.tree.map(jnp.asarray, read_params(weights, like)))
 
 
 def hf_logits(hf, streams, tokens, segments, stream_embed):
@@ -187,7 +187,7 @@ def golden():
   streams = Streams(tuple(map(Stream.parse, specs)), int(figures["silence_token"]))
   learner = Learner(Config(model=cfg), streams, 512)
   like = jax.eval_shape(learner.init, jax.random.key(0)).params
-  params = jax.tree.map(jnp.asarray, params_from_hf(load_file(GOLDEN / "model.safetensors"), like))
+  params = jax.tree.map(jnp.asarray, read_params(load_file(GOLDEN / "model.safetensors"), like))
   return figures, learner, params
 
 

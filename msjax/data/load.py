@@ -108,7 +108,9 @@ def _tokenizer(config: Config, made_before: pathlib.Path | None) -> Tokenizer:
   if spec == "bytes":
     return tokenizers.ByteTokenizer()
   if not spec.startswith("bpe:"):
-    return tokenizers.load(spec, silence=config.data.silence or None)
+    return tokenizers.load(
+      spec, silence=config.data.silence or None, vocab_size=config.model.vocab_size
+    )
   size = spec.removeprefix("bpe:")
   if not size.isdigit() or int(size) < 300:
     raise InputError(

@@ -198,25 +198,35 @@ class ByteTokenizer(Tokenizer):
 class HfTokenizer(Tokenizer):
   """Any Hugging Face tokenizer.json whose decoder joins its tokens' texts."""
 
-  def __init__(self, json_text: str, silence: str | int | None = None, end: str | None = None):
+  def __init__(
+    self,
+    json_text: str,
+    silence: str | int | None = None,
+    end: str | None = None,
+    vocab_size: int = 0,
+  ):
     """Reads a tokenizer.json.
 
     Args:
       json_text: the file, kept as it is.
       silence: id or name (as the vocabulary spells it) of the silence token; None: `find_silence`.
       end: name of the token that ends a message; None: the first known one of `END_NAMES`.
+      vocab_size: of a model that has room for more tokens than there are; 0: as many as there are.
 
     Raises:
       InputError: the text is no tokenizer, its decoder is not supported, or a token is missing.
     """
-    self._arguments = json_text, silence, end
+    self._arguments = json_text, silence, end, vocab_size
     self._hf = _parse(json_text)
     data = json.loads(json_text)
     kinds = _decoder_kinds(data.get("decoder"))
     self._byte_level = "ByteLevel" in kinds
     self._byte_fallback = "ByteFallback" in kinds
     vocab = self._hf.get_vocab(with_added_tokens=True)
-    self.vocab_size = max(vocab.values(), default=-1) + 1
+    ids = max(vocab.values(), default=-1) + 1
+    self.vocab_size = vocab_size or ids
+    if self.vocab_size < ids:
+      raise InputError(f"vocab_size: {vocab_size}; the vocabulary has ids up to {ids - 1}")
 
     self.end_id = self._known(END_NAMES) if end is None else self._chosen("end", end)
     if self.end_id is None:
@@ -400,7 +410,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
 
 
 def load(
-  path: str | os.PathLike, silence: str | int | None = None, end: str | None = None
+  path: str | os.PathLike,
+  silence: str | int | None = None,
+  end: str | None = None,
+  vocab_size: int = 0,
 ) -> Tokenizer:
   """Reads a tokenizer: msjax's own file or Hugging Face's.
 
@@ -408,6 +421,7 @@ def load(
     path: the file, or a directory with a tokenizer.json.
     silence: as for `HfTokenizer`; byte tokenizers have their own.
     end: as for `HfTokenizer`.
+    vocab_size: as for `HfTokenizer`; a byte tokenizer has its own.
 
   Raises:
     InputError: names the file and what is wrong with it.
@@ -424,7 +438,7 @@ def load(
     raise InputError(f"{path}: not JSON: {e}") from None
   try:
     if not isinstance(data, dict) or data.get("type") != BYTES_TYPE:
-      return HfTokenizer(text, silence, end)
+      return HfTokenizer(text, silence, end, vocab_size)
     if silence not in (None, SILENCE, ByteTokenizer.silence_id) or end not in (None, END):
       raise InputError(f"silence={silence!r}, end={end!r}: byte tokenizers have {SILENCE}, {END}")
     return ByteTokenizer.from_json(data)

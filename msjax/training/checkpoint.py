@@ -119,6 +119,14 @@ class Checkpoints:
     return TrainState(optimizer["step"], restored["params"], optimizer["opt_state"])
 
 
+def save_params(directory: pathlib.Path, params: Params) -> None:
+  """Writes parameters alone, as the checkpoint of step 0: what no step has made."""
+  try:
+    ocp.save_checkpointables((directory / "0").absolute(), {"params": params})
+  except OSError as error:
+    raise RunError(f"{directory}: cannot be written: {error.strerror or error}") from error
+
+
 def load_params(
   directory: pathlib.Path, abstract: Params | None, step: int | str = "latest"
 ) -> Params:

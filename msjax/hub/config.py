@@ -1,0 +1,87 @@
+"""config.json of Hugging Face as a model config: Qwen3, Qwen2 (Qwen2.5) and Llama."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from msjax.config import ModelConfig, RopeScaling
+from msjax.errors import InputError, nearest
+
+FAMILIES = ("qwen3", "qwen2", "llama")  # model_type
+# In the order of RopeScaling's fields.
+_LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
+def model_config(hf: Mapping[str, Any], where: str) -> ModelConfig:
+  """Returns the model that a config.json describes; `where` names the file in errors.
+
+  Raises:
+    InputError: another family, or something of it that msjax does not compute.
+  """
+  fields = _Fields(hf, where)
+  family = fields.take("model_type")
+  if family not in FAMILIES:
+    raise InputError(
+      f"{where}: model_type {family!r}; expected one of {', '.join(FAMILIES)}"
+      f"{nearest(str(family), FAMILIES)}"
+    )
+  fields.expect("hidden_act", "silu")
+  if fields.take("use_sliding_window", False):
+    fields.expect("sliding_window", None)
+  dim, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
+  biased = bool(fields.take("attention_bias", False))
+  rope = hf.get("rope_parameters") or {}
+  return ModelConfig(
+    dim=dim,
+    layers=fields.whole("num_hidden_layers"),
+    heads=heads,
+    kv_heads=fields.whole("num_key_value_heads", heads),
+    head_dim=fields.whole("head_dim", 128 if family == "qwen3" else dim // heads),
+    mlp_dim=fields.whole("intermediate_size"),
+    rope_theta=float(rope.get("rope_theta") or fields.take("rope_theta", 10_000.0)),
+    rope_scaling=_rope_scaling(rope or hf.get("rope_scaling") or {}, where),
+    norm_eps=float(fields.take("rms_norm_eps", 1e-6)),
+    qk_norm=family == "qwen3",
+    qkv_bias=family == "qwen2" or biased,
+    out_bias=family != "qwen2" and biased,
+    mlp_bias=family == "llama" and bool(fields.take("mlp_bias", False)),
+    tied_head=bool(fields.take("tie_word_embeddings", False)),
+  )
+
+
+class _Fields:
+  """Fields of a config.json."""
+
+  def __init__(self, hf: Mapping[str, Any], where: str):
+    self.hf, self.where = hf, where
+
+  def take(self, name: str, *default):
+    """Returns a field; without a default it has to be there."""
+    if name not in self.hf and not default:
+      raise InputError(f"{self.where}: {name} is missing; expected the config.json of a checkpoint")
+    return self.hf.get(name, *default)
+
+  def whole(self, name: str, default: int | None = None) -> int:
+    """Returns a whole number; `default` where it is absent or null and there is one."""
+    value = self.take(name) if default is None else self.hf.get(name)
+    value = default if value is None and default is not None else value
+    if not isinstance(value, int):
+      raise InputError(f"{self.where}: {name} {value!r}; expected a whole number")
+    return value
+
+  def expect(self, name: str, only: Any) -> None:
+    """Checks that a field, if it is there, has the one value that msjax computes."""
+    if self.hf.get(name, only) != only:
+      raise InputError(f"{self.where}: {name} {self.hf[name]!r}; msjax computes {only!r} only")
+
+
+def _rope_scaling(rope: Mapping[str, Any], where: str) -> RopeScaling | None:
+  kind = rope.get("rope_type", rope.get("type", "default"))
+  if kind == "default":
+    return None
+  if kind != "llama3":
+    raise InputError(f"{where}: rope_type {kind!r}; expected default or llama3")
+  for name in _LLAMA3:
+    if not isinstance(rope.get(name), int | float):
+      raise InputError(f"{where}: rope_type llama3: {name} {rope.get(name)!r}; expected a number")
+  *factors, length = (rope[name] for name in _LLAMA3)
+  return RopeScaling(*map(float, factors), int(length))

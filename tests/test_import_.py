@@ -1,0 +1,205 @@
+"""A Hugging Face folder as a work directory: the official release's figures, and wrong folders."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import msjax
+from msjax.errors import InputError
+from msjax.hub.import_ import import_checkpoint
+from msjax.hub.names import STREAM_EMBEDDING
+from msjax.text.tokenizer import train_bpe
+from msjax.workdir import WorkDir
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+TEN = tuple(f"s{i}:internal" for i in range(10))
+TWO = ("user:input", "output:output")
+
+
+def folder(path, config, weights, shards=1):
+  """A checkpoint of Hugging Face, its tensors dealt out to files."""
+  path.mkdir()
+  (path / "config.json").write_text(json.dumps(config))
+  train_bpe(["to be - or not to be"], 300).save(path / "tokenizer.json")
+  names, where = sorted(weights), {}
+  for i in range(shards):
+    file = "model.safetensors" if shards == 1 else f"model-{i + 1:05}-of-{shards:05}.safetensors"
+    part = {name: np.ascontiguousarray(weights[name]) for name in names[i::shards]}
+    save_file(part, path / file, metadata={"format": "pt"})
+    where.update(dict.fromkeys(part, file))
+  if shards > 1:
+    index = {"metadata": {}, "weight_map": where}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+  return path
+
+
+@pytest.fixture
+def release(tmp_path):
+  """The official release's checkpoint, with a tokenizer."""
+  config = json.loads((GOLDEN / "config.json").read_text())
+  return folder(tmp_path / "release", config, load_file(GOLDEN / "model.safetensors"), shards=3)
+
+
+@pytest.fixture
+def plain(tmp_path):
+  """A plain Llama checkpoint in bfloat16."""
+  config = transformers.LlamaConfig(
+    vocab_size=320,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+  )
+  import torch
+
+  model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+  model.save_pretrained(tmp_path / "saved")
+  path = folder(
+    tmp_path / "plain", config.to_dict(), load_file(tmp_path / "saved" / "model.safetensors")
+  )
+  return path, model.float()
+
+
+def test_a_checkpoint_of_the_release_computes_what_it_does_there(release, tmp_path):
+  imported = import_checkpoint(release, WorkDir(tmp_path / "run"), TEN)
+  assert imported.stream_embedding == "checkpoint"
+  assert imported.unused == tuple(
+    f"model.layers.{i}.self_attn.gate_in_norm.weight" for i in range(2)
+  )
+  figures = np.load(GOLDEN / "tiny_stream_qwen3.npz")
+  tokens = figures["input_ids"].reshape(2, -1, 10)[:1]
+  logits = msjax.load(tmp_path / "run").logits(tokens)
+  theirs = figures["logits_block_causal"][:1].reshape(logits.shape)
+  np.testing.assert_allclose(logits, theirs, atol=1e-4, rtol=0)
+
+
+def test_zero_stream_embeddings_leave_the_answers_as_they_were(plain, tmp_path):
+  import torch
+
+  path, model = plain
+  import_checkpoint(path, WorkDir(tmp_path / "run"), ("text:output",), stream_init="zeros")
+  tokens = np.random.default_rng(0).integers(0, 320, (1, 9, 1))
+  ours = msjax.load(tmp_path / "run").logits(tokens)[:, :, 0]
+  with torch.no_grad():
+    theirs = model(torch.from_numpy(tokens[:, :, 0])).logits.numpy()
+  np.testing.assert_allclose(ours, theirs, atol=1e-4, rtol=0)
+
+
+def test_new_stream_embeddings_are_small_and_go_by_the_seed(plain, tmp_path):
+  drawn = []
+  for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+    import_checkpoint(plain[0], WorkDir(tmp_path / name), TWO, seed=seed)
+    drawn.append(np.asarray(msjax.load(tmp_path / name).module.stream_embed[...]))
+  np.testing.assert_array_equal(drawn[0], drawn[1])
+  assert np.any(drawn[0] != drawn[2])
+  assert drawn[0].shape == (2, 16) and 0.01 < drawn[0].std() < 0.03
+
+
+def test_what_was_imported_reads_and_writes(plain, tmp_path):
+  import_checkpoint(plain[0], WorkDir(tmp_path / "run"), TWO)
+  model = msjax.load(tmp_path / "run")
+  assert model.tokenizer.vocab_size == 320  # room for more tokens than there are
+  assert len(list(model.generate({"user": "to be"}, rows=6, temperature=1.0))) == 6
+
+
+def test_the_command_says_what_came_in(release, tmp_path):
+  command = [
+    sys.executable,
+    "-m",
+    "msjax.import_hf",
+    f"--from={release}",
+    f"--to={tmp_path / 'run'}",
+  ]
+  done = subprocess.run(
+    [*command, f"--streams={','.join(TEN)}", "--json"], capture_output=True, text=True, timeout=180
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  told = json.loads(done.stdout)
+  assert told["silence"] == "<silence>" and told["stream_embedding"] == "checkpoint"
+  again = subprocess.run(command, capture_output=True, text=True, timeout=180)
+  assert again.returncode == 2
+  assert "holds a run already; choose another work directory" in again.stderr
+
+
+# Wrong folders.
+
+
+def edit(path, change):
+  """Rewrites the one file of tensors."""
+  weights = load_file(path / "model.safetensors")
+  change(weights)
+  save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.mark.parametrize(
+  ("spoil", "told"),
+  [
+    (lambda p: edit(p, lambda w: w.pop(Q)), rf"{Q} is missing; expected shape \(16, 16\)"),
+    (
+      lambda p: edit(p, lambda w: w.update({Q: w[Q][:8].copy()})),
+      rf"{Q}: shape \(8, 16\); expected \(16, 16\)",
+    ),
+    (
+      lambda p: edit(p, lambda w: w.update({STREAM_EMBEDDING: np.zeros((3, 16), np.float32)})),
+      r"channel_embedding.weight: shape \(3, 16\); expected \(2, 16\)",
+    ),
+    (
+      lambda p: shutil.copy(p / "model.safetensors", p / "copy.safetensors"),
+      r"stands in copy.safetensors and in model.safetensors",
+    ),
+    (
+      lambda p: (p / "model.safetensors").write_bytes((p / "model.safetensors").read_bytes()[:-9]),
+      r"model.safetensors: cannot be read, it may be cut short",
+    ),
+    (lambda p: (p / "model.safetensors").unlink(), r"plain: holds no \*.safetensors"),
+    (
+      lambda p: (p / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {Q: "model-00002.safetensors"}})
+      ),
+      r"model-00002.safetensors: not found, but model.safetensors.index.json names it",
+    ),
+    (
+      lambda p: (p / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"another": "model.safetensors"}})
+      ),
+      r"model.safetensors: lacks another, which model.safetensors.index.json says is there",
+    ),
+    (lambda p: (p / "model.safetensors.index.json").write_text("{"), r"index.json: is no index"),
+    (lambda p: (p / "tokenizer.json").unlink(), r"tokenizer.json: No such file"),
+    (lambda p: (p / "config.json").unlink(), r"config.json: not found; expected a Hugging"),
+    (lambda p: (p / "config.json").write_text("{"), r"config.json: is no JSON"),
+  ],
+)
+def test_a_wrong_folder_is_told_and_makes_nothing(plain, tmp_path, spoil, told):
+  spoil(plain[0])
+  with pytest.raises(InputError, match=told):
+    import_checkpoint(plain[0], WorkDir(tmp_path / "run"), TWO)
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_that_does_not_fit_is_told(plain, tmp_path):
+  config = json.loads((plain[0] / "config.json").read_text())
+  (plain[0] / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
+  with pytest.raises(InputError, match=r"vocab_size: 200; the vocabulary has ids up to \d+"):
+    import_checkpoint(plain[0], WorkDir(tmp_path / "run"), TWO)
+
+
+def test_training_goes_on_elsewhere(plain, tmp_path):
+  workdir = WorkDir(tmp_path / "run")
+  import_checkpoint(plain[0], workdir, TWO)
+  with pytest.raises(InputError, match=r"holds an imported model; train in another --workdir"):
+    workdir.claim(workdir.config(), workdir.streams(), workdir.tokenizer(), {})
+  assert jax.tree.leaves(msjax.load(workdir.path).module)
