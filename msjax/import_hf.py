@@ -1,23 +1,26 @@
 """Makes a work directory of a Hugging Face checkpoint, for `config.init_from` to start from.
 
-python -m msjax.import_hf --from=DIR --streams=user:input,think:internal,output:output --to=WORKDIR
+python -m msjax.import_hf --from=DIR --streams=user,think,output --to=WORKDIR
 """
 
 import json
 import pathlib
 
+import jax
 from absl import flags
 
 from msjax import cli
 from msjax.errors import InputError
-from msjax.hub.import_ import STREAM_INIT, import_checkpoint
-from msjax.streams import SAME_ROW
+from msjax.hub.import_ import STREAM_INIT, import_checkpoint, read_checkpoint
+from msjax.streams import KINDS, SAME_ROW
 from msjax.workdir import WorkDir
 
 _FROM = flags.DEFINE_string("from", None, "folder with config.json, tokenizer.json, safetensors")
 _TO = flags.DEFINE_string("to", None, "work directory to make")
 _STREAMS = flags.DEFINE_list(
-  "streams", "user:input,output:output", "name:kind or name:kind:weight of each stream"
+  "streams",
+  [],
+  "usual names (user, think, output), name:kind or name:kind:weight; by default the checkpoint's",
 )
 _SAME_ROW = flags.DEFINE_enum("same_row", "hidden", SAME_ROW, "what a cell sees of its own row")
 _SKIP_SILENCE = flags.DEFINE_bool("skip_silence", False, "hide silent cells from all others")
@@ -29,28 +32,56 @@ _SEED = flags.DEFINE_integer("seed", 0, "of new stream embeddings", 0)
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object")
 
 
+# Kinds of streams that are given by their usual names alone.
+_KINDS = {
+  **dict.fromkeys(("user", "human", "tool", "tools"), "input"),
+  **dict.fromkeys(("think", "thought", "thoughts"), "internal"),
+  **dict.fromkeys(("output", "assistant", "text"), "output"),
+}
+
+
+def _spec(stream: str) -> str:
+  """Adds the kind to a usual name."""
+  if ":" in stream:
+    return stream
+  if stream not in _KINDS:
+    raise InputError(
+      f"--streams: {stream!r} is none of {', '.join(_KINDS)}, whose kinds are known; expected "
+      f"{stream}:KIND, {' or '.join(KINDS)}"
+    )
+  return f"{stream}:{_KINDS[stream]}"
+
+
 def main(_) -> None:
   """Imports, and prints what came in."""
   for flag in (_FROM, _TO):
     if not flag.value:
       raise InputError(f"--{flag.name}: not given; expected a directory")
-  imported = import_checkpoint(
+  checkpoint = read_checkpoint(
     pathlib.Path(_FROM.value).expanduser(),
-    WorkDir(_TO.value),
-    tuple(_STREAMS.value),
+    tuple(map(_spec, _STREAMS.value)) or None,
     same_row=_SAME_ROW.value,
     skip_silence=_SKIP_SILENCE.value,
     silence=_SILENCE.value,
     stream_init=_STREAM_INIT.value,
     seed=_SEED.value,
   )
+  import_checkpoint(checkpoint, WorkDir(_TO.value))
+  told = {
+    "parameters": sum(p.size for p in jax.tree.leaves(checkpoint.params)),
+    "streams": checkpoint.streams.names,
+    "silence": checkpoint.tokenizer.name(checkpoint.streams.silence_id),
+    "silence_id": checkpoint.streams.silence_id,
+    "stream_embedding": checkpoint.stream_embedding,
+    "unused": checkpoint.unused,
+  }
   if _JSON.value:
-    print(json.dumps(imported._asdict()))
+    print(json.dumps(told))
     return
-  print(f"{imported.parameters:,} parameters from {_FROM.value}")
-  print(f"silence is {imported.silence!r}, token {imported.silence_id}")
-  print(f"stream embeddings: {imported.stream_embedding}")
-  for name in imported.unused:
+  print(f"{told['parameters']:,} parameters from {_FROM.value}")
+  print(f"streams {', '.join(told['streams'])}; their embeddings: {told['stream_embedding']}")
+  print(f"silence is {told['silence']!r}, token {told['silence_id']}")
+  for name in told["unused"]:
     print(f"unused: {name}")
   print(f"start from it by --config.init_from={_TO.value}")
 

@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
@@ -14,6 +15,7 @@ from msjax.config import Config
 from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode
 from msjax.errors import InputError
+from msjax.hub import import_ as hub
 from msjax.streams import HOLE, Streams
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import load_params
@@ -193,9 +195,18 @@ class Schedule:
     )
 
 
-def load(workdir: str | os.PathLike, step: int | str = "latest") -> Model:
-  """Loads a run: its checkpoint of a step, the `latest`, or the `best` by held-out loss."""
-  directory = WorkDir(workdir)
+def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
+  """Loads a work directory or a Hugging Face folder.
+
+  Args:
+    directory: of a Hugging Face folder without stream embeddings the one stream is `text`.
+    step: of a work directory: a checkpoint's step, `latest`, or `best` by held-out loss.
+  """
+  if hub.is_checkpoint(pathlib.Path(directory)):
+    found = hub.read_checkpoint(pathlib.Path(directory))
+    params = jax.tree.map(jnp.asarray, found.params)
+    return Model(found.config, found.streams, found.tokenizer, params)
+  directory = WorkDir(directory)
   config, streams, tokenizer = directory.config(), directory.streams(), directory.tokenizer()
   learner = Learner(config, streams, tokenizer.vocab_size)
   abstract = jax.eval_shape(learner.init, jax.random.key(0)).params

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import msjax
 from msjax.errors import InputError
-from msjax.hub.import_ import import_checkpoint
+from msjax.hub.import_ import import_checkpoint, read_checkpoint
 from msjax.hub.names import STREAM_EMBEDDING
 from msjax.text.tokenizer import train_bpe
 from msjax.workdir import WorkDir
@@ -71,7 +71,8 @@ def plain(tmp_path):
 
 
 def test_a_checkpoint_of_the_release_computes_what_it_does_there(release, tmp_path):
-  imported = import_checkpoint(release, WorkDir(tmp_path / "run"), TEN)
+  imported = read_checkpoint(release, TEN)
+  import_checkpoint(imported, WorkDir(tmp_path / "run"))
   assert imported.stream_embedding == "checkpoint"
   assert imported.unused == tuple(
     f"model.layers.{i}.self_attn.gate_in_norm.weight" for i in range(2)
@@ -87,7 +88,7 @@ def test_zero_stream_embeddings_leave_the_answers_as_they_were(plain, tmp_path):
   import torch
 
   path, model = plain
-  import_checkpoint(path, WorkDir(tmp_path / "run"), ("text:output",), stream_init="zeros")
+  import_checkpoint(read_checkpoint(path), WorkDir(tmp_path / "run"))
   tokens = np.random.default_rng(0).integers(0, 320, (1, 9, 1))
   ours = msjax.load(tmp_path / "run").logits(tokens)[:, :, 0]
   with torch.no_grad():
@@ -98,7 +99,8 @@ def test_zero_stream_embeddings_leave_the_answers_as_they_were(plain, tmp_path):
 def test_new_stream_embeddings_are_small_and_go_by_the_seed(plain, tmp_path):
   drawn = []
   for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-    import_checkpoint(plain[0], WorkDir(tmp_path / name), TWO, seed=seed)
+    checkpoint = read_checkpoint(plain[0], TWO, stream_init="normal", seed=seed)
+    import_checkpoint(checkpoint, WorkDir(tmp_path / name))
     drawn.append(np.asarray(msjax.load(tmp_path / name).module.stream_embed[...]))
   np.testing.assert_array_equal(drawn[0], drawn[1])
   assert np.any(drawn[0] != drawn[2])
@@ -106,7 +108,7 @@ def test_new_stream_embeddings_are_small_and_go_by_the_seed(plain, tmp_path):
 
 
 def test_what_was_imported_reads_and_writes(plain, tmp_path):
-  import_checkpoint(plain[0], WorkDir(tmp_path / "run"), TWO)
+  import_checkpoint(read_checkpoint(plain[0], TWO), WorkDir(tmp_path / "run"))
   model = msjax.load(tmp_path / "run")
   assert model.tokenizer.vocab_size == 320  # room for more tokens than there are
   assert len(list(model.generate({"user": "to be"}, rows=6, temperature=1.0))) == 6
@@ -129,6 +131,41 @@ def test_the_command_says_what_came_in(release, tmp_path):
   again = subprocess.run(command, capture_output=True, text=True, timeout=180)
   assert again.returncode == 2
   assert "holds a run already; choose another work directory" in again.stderr
+
+
+def test_a_folder_is_loaded_as_it_is(release, plain):
+  model = msjax.load(release)
+  assert model.streams.names == tuple(f"s{i}" for i in range(10))
+  tokens = np.load(GOLDEN / "tiny_stream_qwen3.npz")["input_ids"].reshape(2, -1, 10)[:1]
+  theirs = np.load(GOLDEN / "tiny_stream_qwen3.npz")["logits_block_causal"][:1]
+  np.testing.assert_allclose(model.logits(tokens).reshape(theirs.shape), theirs, atol=1e-4, rtol=0)
+  assert msjax.load(plain[0]).streams.names == ("text",)
+
+
+def test_usual_names_have_kinds(plain, tmp_path):
+  command = [
+    sys.executable,
+    "-m",
+    "msjax.import_hf",
+    f"--from={plain[0]}",
+    f"--to={tmp_path / 'run'}",
+  ]
+  wrong = subprocess.run(
+    [*command, "--streams=user,usr"], capture_output=True, text=True, timeout=180
+  )
+  assert wrong.returncode == 2
+  assert "--streams: 'usr' is none of user, human," in wrong.stderr
+  done = subprocess.run(
+    [*command, "--streams=user,think,out:output:2"], capture_output=True, text=True, timeout=180
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  assert "streams user, think, out; their embeddings: normal" in done.stdout
+  streams = WorkDir(tmp_path / "run").streams()
+  assert [(s.kind, s.weight) for s in streams.streams] == [
+    ("input", 0.0),
+    ("internal", 1.0),
+    ("output", 2.0),
+  ]
 
 
 # Wrong folders.
@@ -186,7 +223,7 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 def test_a_wrong_folder_is_told_and_makes_nothing(plain, tmp_path, spoil, told):
   spoil(plain[0])
   with pytest.raises(InputError, match=told):
-    import_checkpoint(plain[0], WorkDir(tmp_path / "run"), TWO)
+    import_checkpoint(read_checkpoint(plain[0], TWO), WorkDir(tmp_path / "run"))
   assert not (tmp_path / "run").exists()
 
 
@@ -194,12 +231,12 @@ def test_a_vocabulary_that_does_not_fit_is_told(plain, tmp_path):
   config = json.loads((plain[0] / "config.json").read_text())
   (plain[0] / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
   with pytest.raises(InputError, match=r"vocab_size: 200; the vocabulary has ids up to \d+"):
-    import_checkpoint(plain[0], WorkDir(tmp_path / "run"), TWO)
+    import_checkpoint(read_checkpoint(plain[0], TWO), WorkDir(tmp_path / "run"))
 
 
 def test_training_goes_on_elsewhere(plain, tmp_path):
   workdir = WorkDir(tmp_path / "run")
-  import_checkpoint(plain[0], workdir, TWO)
+  import_checkpoint(read_checkpoint(plain[0], TWO), workdir)
   with pytest.raises(InputError, match=r"holds an imported model; train in another --workdir"):
     workdir.claim(workdir.config(), workdir.streams(), workdir.tokenizer(), {})
   assert jax.tree.leaves(msjax.load(workdir.path).module)

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint becomes a work directory: parameters, streams and tokenizer."""
+"""A Hugging Face folder as parameters, streams and tokenizer, and as a work directory."""
 
 import json
 import pathlib
@@ -13,49 +13,58 @@ from msjax.errors import InputError
 from msjax.hub.config import model_config
 from msjax.hub.names import STREAM_EMBEDDING, read_params, tensors
 from msjax.hub.weights import Weights
+from msjax.streams import Streams
 from msjax.text import tokenizer as tokenizers
+from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import save_params, saved_steps
-from msjax.training.state import Learner
+from msjax.training.state import Learner, Params
 from msjax.workdir import WorkDir
 
 STREAM_INIT = ("normal", "zeros")
 
 
-class Imported(NamedTuple):
-  """What came in.
+class Checkpoint(NamedTuple):
+  """What a Hugging Face folder holds.
 
   Attributes:
-    parameters: how many numbers.
-    silence: the silence token, as the vocabulary spells it.
-    silence_id: its id.
+    config: streams and model; it trains nothing by itself.
+    streams: with the silence token.
+    tokenizer: of the folder.
+    params: float32 arrays of NumPy.
     stream_embedding: `checkpoint` where it came along, else how it was made.
     unused: tensors that no part of the model takes.
   """
 
-  parameters: int
-  silence: str
-  silence_id: int
+  config: Config
+  streams: Streams
+  tokenizer: Tokenizer
+  params: Params
   stream_embedding: str
   unused: tuple[str, ...]
 
 
-def import_checkpoint(
+def is_checkpoint(directory: pathlib.Path) -> bool:
+  """Whether a folder is a Hugging Face checkpoint, not a work directory."""
+  path = directory / "config.json"
+  return path.is_file() and "model_type" in _read_json(path)
+
+
+def read_checkpoint(
   source: pathlib.Path,
-  workdir: WorkDir,
-  streams: tuple[str, ...],
+  streams: tuple[str, ...] | None = None,
   *,
   same_row: str = "hidden",
   skip_silence: bool = False,
   silence: str | None = None,
-  stream_init: str = "normal",
+  stream_init: str = "zeros",
   seed: int = 0,
-) -> Imported:
-  """Writes a checkpoint of step 0 into a work directory; `config.init_from` starts from it.
+) -> Checkpoint:
+  """Reads a folder with config.json, tokenizer.json and safetensors.
 
   Args:
-    source: folder with config.json, tokenizer.json and safetensors.
-    workdir: without a checkpoint.
-    streams: `name:kind` or `name:kind:weight`.
+    source: the folder.
+    streams: `name:kind` or `name:kind:weight`; None: one output stream `text`, or as many as the
+      checkpoint has embeddings for, `s0`, `s1` and so on.
     same_row: rule of the streams.
     skip_silence: rule of the streams.
     silence: token that stands for silence; None: the official release's rule.
@@ -64,40 +73,47 @@ def import_checkpoint(
     seed: of that.
 
   Raises:
-    InputError: the folder is no such checkpoint, or the work directory is taken.
+    InputError: names the file or tensor that is wrong.
   """
-  if saved_steps(workdir.checkpoints):
-    raise InputError(f"{workdir.path}: holds a run already; choose another work directory")
-  hf = _read_json(source / "config.json")
+  hf, weights = _read_json(source / "config.json"), Weights(source)
   model = model_config(hf, str(source / "config.json"))
   model.vocab_size = hf.get("vocab_size", 0)
   tokenizer = tokenizers.load(source, silence=silence, vocab_size=model.vocab_size)
   config = Config(
-    streams=streams,
+    streams=streams or _default_streams(weights),
     same_row=same_row,
     skip_silence=skip_silence,
     model=model,
-    data=DataConfig(
-      tokenizer=str(workdir.path.absolute() / "tokenizer.json"), silence=silence or ""
-    ),
+    data=DataConfig(tokenizer=str(source.absolute() / "tokenizer.json"), silence=silence or ""),
   )
   stream_set = config.stream_set(tokenizer.silence_id)
   learner = Learner(config, stream_set, tokenizer.vocab_size)
   like = jax.eval_shape(learner.init, jax.random.key(0)).params
-  weights = Weights(source)
   params = read_params(weights, {k: v for k, v in like.items() if k != "stream_embed"})
   params["stream_embed"], origin = _stream_embed(weights, like["stream_embed"], stream_init, seed)
+  unused = set(weights) - {tensor.name for tensor in tensors(like)}
+  return Checkpoint(config, stream_set, tokenizer, params, origin, tuple(sorted(unused)))
+
+
+def import_checkpoint(checkpoint: Checkpoint, workdir: WorkDir) -> None:
+  """Writes a checkpoint of step 0 into a work directory, for `config.init_from` to start from.
+
+  Raises:
+    InputError: a run lies there already.
+  """
+  if saved_steps(workdir.checkpoints):
+    raise InputError(f"{workdir.path}: holds a run already; choose another work directory")
+  tokenizer = str(workdir.path.absolute() / "tokenizer.json")
   with workdir.lock():
-    workdir.describe(config, stream_set, tokenizer)
-    save_params(workdir.checkpoints, params)
-  used = {tensor.name for tensor in tensors(like)}
-  return Imported(
-    sum(p.size for p in jax.tree.leaves(params)),
-    tokenizer.name(tokenizer.silence_id),
-    tokenizer.silence_id,
-    origin,
-    tuple(sorted(set(weights) - used)),
-  )
+    config = checkpoint.config.changed({"data.tokenizer": tokenizer})
+    workdir.describe(config, checkpoint.streams, checkpoint.tokenizer)
+    save_params(workdir.checkpoints, checkpoint.params)
+
+
+def _default_streams(weights: Weights) -> tuple[str, ...]:
+  if STREAM_EMBEDDING not in weights:
+    return ("text:output",)
+  return tuple(f"s{i}:output" for i in range(len(weights[STREAM_EMBEDDING])))
 
 
 def _stream_embed(weights, like, stream_init: str, seed: int) -> tuple[np.ndarray, str]:
