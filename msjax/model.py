@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from msjax.config import Config
 from msjax.decoding.cache import Unrolled
@@ -50,6 +51,11 @@ class Model:
     self.module = learner.model(params)
     self._logits = jax.jit(lambda model, tokens: model.logits(model(tokens), tokens))
     self._unrolled = None
+
+  @property
+  def params(self) -> Params:
+    """The parameters, as a nested dict."""
+    return nnx.to_pure_dict(nnx.state(self.module, nnx.Param))
 
   def logits(self, tokens: np.ndarray | jax.Array) -> jax.Array:
     """What the model predicts at every cell of whole grids.

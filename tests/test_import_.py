@@ -17,6 +17,7 @@ from msjax.errors import InputError
 from msjax.hub.import_ import import_checkpoint, read_checkpoint
 from msjax.hub.names import STREAM_EMBEDDING
 from msjax.text.tokenizer import train_bpe
+from msjax.training.loop import train
 from msjax.workdir import WorkDir
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -239,4 +240,21 @@ def test_training_goes_on_elsewhere(plain, tmp_path):
   import_checkpoint(read_checkpoint(plain[0], TWO), workdir)
   with pytest.raises(InputError, match=r"holds an imported model; train in another --workdir"):
     workdir.claim(workdir.config(), workdir.streams(), workdir.tokenizer(), {})
-  assert jax.tree.leaves(msjax.load(workdir.path).module)
+  chat = {"messages": [{"role": r, "content": "to be"} for r in ("user", "assistant")]}
+  (tmp_path / "train.jsonl").write_text(json.dumps(chat))
+  config = workdir.config().changed(
+    {
+      "init_from": str(workdir.path),
+      "data.train": str(tmp_path / "train.jsonl"),
+      "optim.learning_rate": 1e-9,
+      "train.steps": 1,
+      "train.batch": 2,
+    }
+  )
+  config.validate()
+  tuned = train(config, WorkDir(tmp_path / "tuned"))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7),
+    tuned.params,
+    msjax.load(workdir.path).params,
+  )

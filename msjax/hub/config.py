@@ -1,5 +1,6 @@
-"""config.json of Hugging Face as a model config: Qwen3, Qwen2 (Qwen2.5) and Llama."""
+"""config.json of Hugging Face and the model config: Qwen3, Qwen2 (Qwen2.5) and Llama."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ from msjax.config import ModelConfig, RopeScaling
 from msjax.errors import InputError, nearest
 
 FAMILIES = ("qwen3", "qwen2", "llama")  # model_type
+_POSITIONS = 40_960  # rows; RoPE knows no end, but transformers wants a number
 # In the order of RopeScaling's fields.
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -46,6 +48,58 @@ def model_config(hf: Mapping[str, Any], where: str) -> ModelConfig:
     mlp_bias=family == "llama" and bool(fields.take("mlp_bias", False)),
     tied_head=bool(fields.take("tie_word_embeddings", False)),
   )
+
+
+def to_hf(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
+  """Returns the config.json of a model; rope and dtype under the names of transformers 4 and 5.
+
+  Raises:
+    InputError: no family computes this.
+  """
+  family = next((f for f in FAMILIES if _is_of(f, model)), None)
+  if family is None:
+    raise InputError(
+      f"config.model: qk_norm={model.qk_norm}, qkv_bias={model.qkv_bias}, "
+      f"out_bias={model.out_bias}, mlp_bias={model.mlp_bias}: none of {', '.join(FAMILIES)}"
+    )
+  name = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[family]
+  rope: dict[str, Any] = {"rope_type": "default"}
+  if model.rope_scaling is not None:
+    rope = {"rope_type": "llama3"}
+    rope |= dict(zip(_LLAMA3, dataclasses.astuple(model.rope_scaling)))
+  old = {"rope_scaling": rope} if model.rope_scaling is not None else {}
+  return {
+    "architectures": [f"{name}ForCausalLM"],
+    "model_type": family,
+    "hidden_act": "silu",
+    "hidden_size": model.dim,
+    "intermediate_size": model.mlp_dim,
+    "num_hidden_layers": model.layers,
+    "num_attention_heads": model.heads,
+    "num_key_value_heads": model.kv_heads,
+    "head_dim": model.head_dim,
+    "rms_norm_eps": model.norm_eps,
+    "attention_bias": family != "qwen2" and model.qkv_bias,
+    "mlp_bias": model.mlp_bias,
+    "tie_word_embeddings": model.tied_head,
+    "vocab_size": vocab_size,
+    "max_position_embeddings": _POSITIONS,
+    "rope_theta": model.rope_theta,
+    "rope_parameters": {"rope_theta": model.rope_theta, **rope},
+    **old,
+  }
+
+
+def _is_of(family: str, model: ModelConfig) -> bool:
+  """Whether a family's classes compute this model."""
+  has_head_dim = family != "qwen2" or model.head_dim * model.heads == model.dim
+  biases = model.qkv_bias, model.out_bias, model.mlp_bias
+  allowed = {
+    "qwen3": {(False, False, False), (True, True, False)},
+    "qwen2": {(True, False, False)},
+    "llama": {(q, q, m) for q in (False, True) for m in (False, True)},
+  }
+  return model.qk_norm == (family == "qwen3") and has_head_dim and biases in allowed[family]
 
 
 class _Fields:

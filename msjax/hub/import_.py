@@ -63,8 +63,8 @@ def read_checkpoint(
 
   Args:
     source: the folder.
-    streams: `name:kind` or `name:kind:weight`; None: one output stream `text`, or as many as the
-      checkpoint has embeddings for, `s0`, `s1` and so on.
+    streams: `name:kind` or `name:kind:weight`; None: those of an export by msjax, with their rule;
+      else one output stream `text`, or as many as there are embeddings for, `s0`, `s1` and so on.
     same_row: rule of the streams.
     skip_silence: rule of the streams.
     silence: token that stands for silence; None: the official release's rule.
@@ -78,13 +78,20 @@ def read_checkpoint(
   hf, weights = _read_json(source / "config.json"), Weights(source)
   model = model_config(hf, str(source / "config.json"))
   model.vocab_size = hf.get("vocab_size", 0)
+  if streams is None and "msjax" in hf:  # an export of ours knows its streams
+    known = Streams.from_json(hf["msjax"])
+    streams, same_row, skip_silence = map(str, known.streams), known.same_row, known.skip_silence
+    silence = known.silence_id if silence is None else silence
   tokenizer = tokenizers.load(source, silence=silence, vocab_size=model.vocab_size)
   config = Config(
-    streams=streams or _default_streams(weights),
+    streams=tuple(streams or _default_streams(weights)),
     same_row=same_row,
     skip_silence=skip_silence,
     model=model,
-    data=DataConfig(tokenizer=str(source.absolute() / "tokenizer.json"), silence=silence or ""),
+    data=DataConfig(
+      tokenizer=str(source.absolute() / "tokenizer.json"),
+      silence=tokenizer.name(tokenizer.silence_id),
+    ),
   )
   stream_set = config.stream_set(tokenizer.silence_id)
   learner = Learner(config, stream_set, tokenizer.vocab_size)

@@ -4,7 +4,9 @@ Hugging Face keeps a matrix as [out, in] and one tensor a layer; msjax keeps [in
 axes of their own, and stacks the layers.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -55,8 +57,15 @@ class Tensor(NamedTuple):
 
   def to_msjax(self, tensor: np.ndarray) -> np.ndarray:
     """Returns the parameter, or its layer; a view where that is possible."""
-    is_matrix = self.layer is not None and len(self.shape) == 2
-    return (tensor.T if is_matrix else tensor).reshape(self.part)
+    return (tensor.T if self._is_matrix else tensor).reshape(self.part)
+
+  def to_hf(self, part: np.ndarray) -> np.ndarray:
+    """Returns the tensor; a view where that is possible."""
+    return part.reshape(self.shape[::-1]).T if self._is_matrix else part.reshape(self.shape)
+
+  @property
+  def _is_matrix(self) -> bool:
+    return self.layer is not None and len(self.shape) == 2
 
 
 def tensors(params: Params) -> Iterator[Tensor]:
@@ -94,9 +103,11 @@ def read_params(weights: Mapping[str, np.ndarray], like: Params) -> Params:
       raise InputError(f"{weights}: {tensor.name} is missing; expected shape {tensor.shape}")
     if found.shape != tensor.shape:
       raise InputError(f"{weights}: {tensor.name}: shape {found.shape}; expected {tensor.shape}")
-    place = params
-    for key in tensor.path[:-1]:
-      place = place[key]
-    target = place[tensor.path[-1]]
-    target[... if tensor.layer is None else tensor.layer] = tensor.to_msjax(found)
+    part_of(params, tensor)[...] = tensor.to_msjax(found)
   return params
+
+
+def part_of(params: Params, tensor: Tensor) -> np.ndarray:
+  """Returns the parameter that a tensor holds, or its layer: a view of NumPy's arrays."""
+  leaf = functools.reduce(operator.getitem, tensor.path, params)
+  return leaf[...] if tensor.layer is None else leaf[tensor.layer]
