@@ -20,8 +20,9 @@ CORE = [
   "tokenizers>=0.21",
 ]
 DEMO = ["chitchat-dataset>=0.9.0"]
+HUB = ["gguf>=0.17"]
 LINT = ["ruff>=0.8"]
-TEST = ["hypothesis>=6.100", "pytest>=8.0", "torch==2.13.0", "transformers>=4.57", *LINT]
+TEST = ["hypothesis>=6.100", "pytest>=8.0", "torch==2.13.0", "transformers>=4.57", *HUB, *LINT]
 
 setuptools.setup(
   name="msjax",
@@ -33,5 +34,5 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["msjax", "msjax.*"]),
   install_requires=CORE,
-  extras_require={"demo": DEMO, "test": TEST},
+  extras_require={"demo": DEMO, "hub": HUB, "test": TEST},
 )

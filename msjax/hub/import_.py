@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +12,12 @@ import numpy as np
 from msjax.config import Config, DataConfig
 from msjax.errors import InputError
 from msjax.hub.config import model_config
+from msjax.hub.gguf import Gguf
 from msjax.hub.names import STREAM_EMBEDDING, read_params, tensors
 from msjax.hub.weights import Weights
 from msjax.streams import Streams
 from msjax.text import tokenizer as tokenizers
-from msjax.text.tokenizer import Tokenizer
+from msjax.text.tokenizer import HfTokenizer, Tokenizer
 from msjax.training.checkpoint import save_params, saved_steps
 from msjax.training.state import Learner, Params
 from msjax.workdir import WorkDir
@@ -44,7 +46,9 @@ class Checkpoint(NamedTuple):
 
 
 def is_checkpoint(directory: pathlib.Path) -> bool:
-  """Whether a folder is a Hugging Face checkpoint, not a work directory."""
+  """Whether this is a Hugging Face folder or a GGUF file, not a work directory."""
+  if directory.suffix == ".gguf":
+    return True
   path = directory / "config.json"
   return path.is_file() and "model_type" in _read_json(path)
 
@@ -59,10 +63,10 @@ def read_checkpoint(
   stream_init: str = "zeros",
   seed: int = 0,
 ) -> Checkpoint:
-  """Reads a folder with config.json, tokenizer.json and safetensors.
+  """Reads a folder with config.json, tokenizer.json and safetensors, or a GGUF file.
 
   Args:
-    source: the folder.
+    source: the folder or the file.
     streams: `name:kind` or `name:kind:weight`; None: those of an export by msjax, with their rule;
       else one output stream `text`, or as many as there are embeddings for, `s0`, `s1` and so on.
     same_row: rule of the streams.
@@ -75,21 +79,29 @@ def read_checkpoint(
   Raises:
     InputError: names the file or tensor that is wrong.
   """
-  hf, weights = _read_json(source / "config.json"), Weights(source)
-  model = model_config(hf, str(source / "config.json"))
+  if source.suffix == ".gguf":
+    weights = Gguf(source)
+    where, hf, tokenizer_json = source, weights.config(), weights.tokenizer_json()
+  else:
+    where = source / "config.json"
+    hf, weights, tokenizer_json = _read_json(where), Weights(source), None
+  model = model_config(hf, str(where))
   model.vocab_size = hf.get("vocab_size", 0)
   if streams is None and "msjax" in hf:  # an export of ours knows its streams
     known = Streams.from_json(hf["msjax"])
     streams, same_row, skip_silence = map(str, known.streams), known.same_row, known.skip_silence
     silence = known.silence_id if silence is None else silence
-  tokenizer = tokenizers.load(source, silence=silence, vocab_size=model.vocab_size)
+  if tokenizer_json is None:
+    tokenizer = tokenizers.load(source, silence=silence, vocab_size=model.vocab_size)
+  else:
+    tokenizer = HfTokenizer(tokenizer_json, silence, vocab_size=model.vocab_size)
   config = Config(
     streams=tuple(streams or _default_streams(weights)),
     same_row=same_row,
     skip_silence=skip_silence,
     model=model,
     data=DataConfig(
-      tokenizer=str(source.absolute() / "tokenizer.json"),
+      tokenizer=str(source.absolute() if tokenizer_json else source.absolute() / "tokenizer.json"),
       silence=tokenizer.name(tokenizer.silence_id),
     ),
   )
@@ -117,7 +129,7 @@ def import_checkpoint(checkpoint: Checkpoint, workdir: WorkDir) -> None:
     save_params(workdir.checkpoints, checkpoint.params)
 
 
-def _default_streams(weights: Weights) -> tuple[str, ...]:
+def _default_streams(weights: Mapping[str, np.ndarray]) -> tuple[str, ...]:
   if STREAM_EMBEDDING not in weights:
     return ("text:output",)
   return tuple(f"s{i}:output" for i in range(len(weights[STREAM_EMBEDDING])))

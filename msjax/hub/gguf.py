@@ -1,0 +1,152 @@
+"""A GGUF file as what a Hugging Face folder holds: config.json, tensors, tokenizer.json."""
+
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from msjax.errors import InputError
+from msjax.hub.config import FAMILIES
+
+_OUTER = {
+  "token_embd.weight": "model.embed_tokens.weight",
+  "output_norm.weight": "model.norm.weight",
+  "output.weight": "lm_head.weight",
+}
+_LAYER = {
+  "attn_norm": "input_layernorm",
+  "ffn_norm": "post_attention_layernorm",
+  **{f"attn_{name}": f"self_attn.{name}_proj" for name in "qkv"},
+  "attn_output": "self_attn.o_proj",
+  "attn_q_norm": "self_attn.q_norm",
+  "attn_k_norm": "self_attn.k_norm",
+  **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+_CONFIG = {
+  "hidden_size": "embedding_length",
+  "intermediate_size": "feed_forward_length",
+  "num_hidden_layers": "block_count",
+  "num_attention_heads": "attention.head_count",
+  "num_key_value_heads": "attention.head_count_kv",
+  "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+  "head_dim": "attention.key_length",
+  "rope_theta": "rope.freq_base",
+}
+_CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
+
+_byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+_split = lambda pattern: pre_tokenizers.Split(Regex(pattern), "isolated")
+_WORDS = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+  r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tokenizer.ggml.pre: what comes before BPE.
+_PRE = {
+  "smollm": [
+    pre_tokenizers.Digits(individual_digits=True),
+    pre_tokenizers.ByteLevel(add_prefix_space=False),
+  ],
+  "qwen2": [_split(_WORDS % r"\p{N}"), _byte_level],
+  "llama-bpe": [_split(_WORDS % r"\p{N}{1,3}"), _byte_level],
+}
+
+
+class Gguf(Mapping[str, np.ndarray]):
+  """Tensors by their Hugging Face names, dequantised to float32 when they are asked for."""
+
+  def __init__(self, path: pathlib.Path):
+    """Opens a file; needs the package `gguf`.
+
+    Raises:
+      InputError: no GGUF file, or of an architecture that msjax does not compute.
+    """
+    try:
+      import gguf
+    except ImportError:
+      raise InputError(f"{path}: needs the package gguf: pip install -e '.[hub]'") from None
+    self.path, self._dequantize = path, gguf.dequantize
+    try:
+      self._reader = gguf.GGUFReader(path)
+    except (OSError, ValueError, IndexError) as error:
+      raise InputError(f"{path}: cannot be read as GGUF: {error}") from None
+    self._family = self._field("general.architecture")
+    if self._family not in FAMILIES:
+      raise InputError(
+        f"{path}: general.architecture {self._family!r}; expected one of {', '.join(FAMILIES)}"
+      )
+    self._tensors = {_hf_name(t.name): t for t in self._reader.tensors}
+
+  def __getitem__(self, name: str) -> np.ndarray:
+    """Reads a tensor."""
+    tensor = self._tensors[name]
+    array = self._dequantize(tensor.data, tensor.tensor_type)
+    heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}
+    of_heads = next((f for part, f in heads.items() if f".{part}." in name), None)
+    if self._family != "llama" or of_heads is None:
+      return array
+    # llama.cpp keeps the two halves of a rotary pair side by side.
+    pairs = array.reshape(self._field(f"llama.{of_heads}"), -1, 2, *array.shape[1:])
+    return pairs.swapaxes(1, 2).reshape(array.shape)
+
+  def __iter__(self) -> Iterator[str]:
+    """Yields the names."""
+    return iter(self._tensors)
+
+  def __len__(self) -> int:
+    """Returns how many there are."""
+    return len(self._tensors)
+
+  def __repr__(self) -> str:
+    """Names the file."""
+    return str(self.path)
+
+  def _field(self, name: str, *default):
+    field = self._reader.fields.get(name)
+    if field is None and not default:
+      raise InputError(f"{self.path}: {name} is missing")
+    return default[0] if field is None else field.contents()
+
+  def config(self) -> dict[str, Any]:
+    """Returns what config.json would hold."""
+    scaling = self._field(f"{self._family}.rope.scaling.type", "none")
+    if scaling != "none" or "rope_freqs.weight" in self._tensors:
+      raise InputError(f"{self.path}: rope scaling {scaling!r}; msjax reads GGUF without any")
+    config = {name: self._field(f"{self._family}.{key}", None) for name, key in _CONFIG.items()}
+    return {
+      **{name: value for name, value in config.items() if value is not None},
+      "model_type": self._family,
+      "vocab_size": len(self._field("tokenizer.ggml.tokens")),
+      "tie_word_embeddings": "lm_head.weight" not in self._tensors,
+      "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self._tensors,
+    }
+
+  def tokenizer_json(self) -> str:
+    """Returns what tokenizer.json would hold: the byte-level BPE inside the file."""
+    model, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre", "default")
+    if model != "gpt2" or pre not in _PRE:
+      raise InputError(
+        f"{self.path}: tokenizer {model!r} with pre-tokenizer {pre!r}; expected 'gpt2' with one of "
+        f"{', '.join(_PRE)}; import a folder with a tokenizer.json"
+      )
+    tokens = self._field("tokenizer.ggml.tokens")
+    merges = [tuple(pair.split(" ")) for pair in self._field("tokenizer.ggml.merges")]
+    bpe = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(_PRE[pre])
+    bpe.decoder = decoders.ByteLevel()
+    kinds = self._field("tokenizer.ggml.token_type")
+    added = lambda kind: [t for t, k in zip(tokens, kinds) if k == kind]
+    bpe.add_special_tokens(added(_CONTROL))
+    bpe.add_tokens(added(_USER_DEFINED))
+    return bpe.to_str()
+
+
+def _hf_name(name: str) -> str:
+  """The name at Hugging Face; an unknown one stays."""
+  if name in _OUTER:
+    return _OUTER[name]
+  block, _, rest = name.removeprefix("blk.").partition(".")
+  part, _, kind = rest.rpartition(".")
+  return f"model.layers.{block}.{_LAYER[part]}.{kind}" if part in _LAYER else name
