@@ -1,5 +1,7 @@
 """A trained model as its users hold it: streams, tokenizer, logits, rows."""
 
+import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -12,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from msjax.config import Config
+from msjax.config import Config, LossConfig
 from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode
-from msjax.errors import InputError
+from msjax.errors import InputError, nearest
 from msjax.hub import import_ as hub
 from msjax.streams import HOLE, Streams
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import load_params
-from msjax.training.state import Learner, Params
+from msjax.training.state import Learner, Params, summarize
 from msjax.workdir import WorkDir
 
 _QUIET_ROWS = 4  # with no row count given, generation ends after so many rows of silence
@@ -47,9 +49,9 @@ class Model:
   def __init__(self, config: Config, streams: Streams, tokenizer: Tokenizer, params: Params):
     """Takes a run's static parts and its parameters."""
     self.config, self.streams, self.tokenizer = config, streams, tokenizer
-    learner = Learner(config, streams, tokenizer.vocab_size)
-    self.module = learner.model(params)
+    self.module = Learner(config, streams, tokenizer.vocab_size).model(params)
     self._logits = jax.jit(lambda model, tokens: model.logits(model(tokens), tokens))
+    self._losses = functools.cache(self._compiled_loss)
     self._unrolled = None
 
   @property
@@ -57,15 +59,78 @@ class Model:
     """The parameters, as a nested dict."""
     return nnx.to_pure_dict(nnx.state(self.module, nnx.Param))
 
-  def logits(self, tokens: np.ndarray | jax.Array) -> jax.Array:
+  def logits(
+    self,
+    tokens: np.ndarray | jax.Array,
+    *,
+    same_row: str | None = None,
+    skip_silence: bool | None = None,
+  ) -> jax.Array:
     """What the model predicts at every cell of whole grids.
 
     Args:
       tokens: int [B, R, S], streams by id; -1 is a hole.
+      same_row: another variant of the rule than the model's own.
+      skip_silence: likewise.
 
     Returns:
       float32 [B, R, S, V]: at (r, s) for the cell (r + 1, s); 0 at holes.
     """
+    module, streams = self.module, self._under(same_row, skip_silence)
+    if streams != self.streams:
+      module = Learner(self.config, streams, self.tokenizer.vocab_size).model(self.params)
+    return self._logits(module, self._grid(tokens))
+
+  def loss(
+    self,
+    tokens: np.ndarray | jax.Array,
+    weights: np.ndarray | None = None,
+    *,
+    same_row: str | None = None,
+    skip_silence: bool | None = None,
+    **options: float,
+  ) -> dict[str, float]:
+    """The loss of whole grids, as training computes it.
+
+    Args:
+      tokens: as for `logits`.
+      weights: float [B, R, S] of the data, at the cell that is predicted; None: 1 everywhere.
+      same_row: as for `logits`.
+      skip_silence: as for `logits`.
+      options: fields of `config.LossConfig` that are not to be the run's.
+
+    Returns:
+      `loss`; `loss/NAME` and `spoken/NAME` by stream, as training logs them, in nats.
+    """
+    known = [field.name for field in dataclasses.fields(LossConfig)]
+    for name in options:
+      if name not in known:
+        raise InputError(f"loss option {name!r}: expected {', '.join(known)}{nearest(name, known)}")
+    config = dataclasses.replace(self.config.loss, **options)
+    tokens = self._grid(tokens)
+    weights = np.broadcast_to(1.0 if weights is None else weights, tokens.shape)
+    score = self._losses(self._under(same_row, skip_silence), dataclasses.astuple(config))
+    return {n: float(v) for n, v in score(self.params, tokens, weights.astype(np.float32)).items()}
+
+  def _compiled_loss(self, streams: Streams, options: tuple[float, ...]):
+    config = dataclasses.replace(self.config, loss=LossConfig(*options))
+    learner = Learner(config, streams, self.tokenizer.vocab_size)
+
+    def score(params, tokens, weights):
+      segments = jnp.zeros(tokens.shape[:2], jnp.int32)
+      batch = {"tokens": tokens, "weights": weights, "segments": segments}
+      scores = summarize(learner.evaluate(params, batch), streams, config.loss)
+      return {name: value for name, value in scores.items() if name != "cells"}
+
+    return jax.jit(score)
+
+  def _under(self, same_row: str | None, skip_silence: bool | None) -> Streams:
+    """The streams under another rule, where one is given."""
+    rule = {"same_row": same_row, "skip_silence": skip_silence}
+    return dataclasses.replace(self.streams, **{k: v for k, v in rule.items() if v is not None})
+
+  def _grid(self, tokens: np.ndarray | jax.Array) -> jax.Array:
+    """Checks tokens."""
     tokens = np.asarray(tokens)
     S, V = len(self.streams), self.tokenizer.vocab_size
     is_grid = tokens.ndim == 3 and tokens.shape[2] == S and tokens.size
@@ -78,7 +143,7 @@ class Model:
       raise InputError(
         f"tokens: ids from {tokens.min()} to {tokens.max()}; expected -1 (hole) to {V - 1}"
       )
-    return self._logits(self.module, jnp.asarray(tokens, jnp.int32))
+    return jnp.asarray(tokens, jnp.int32)
 
   def decoder(
     self, batch: int = 1, temperature: float = 0.0, seed: int = 0, rows: int = 64

@@ -134,6 +134,17 @@ def test_the_command_says_what_came_in(release, tmp_path):
   assert "holds a run already; choose another work directory" in again.stderr
 
 
+def test_the_loss_of_the_release_in_three_lines(release):
+  figures = np.load(GOLDEN / "tiny_stream_qwen3.npz")
+  length = figures["seq_length"][:, None]
+  tokens = np.where(np.arange(120) < length, figures["input_ids"], -1).reshape(2, 12, 10)
+  unpredicted = figures["prefix_length"][:, None, None] // 10
+  weights = (np.arange(12)[:, None] > unpredicted) | (unpredicted == 0)
+  model = msjax.load(release)
+  loss = model.loss(tokens, weights)["loss"]
+  np.testing.assert_allclose(loss, figures["loss_plain"], atol=1e-5, rtol=0)
+
+
 def test_a_folder_is_loaded_as_it_is(release, plain):
   model = msjax.load(release)
   assert model.streams.names == tuple(f"s{i}" for i in range(10))

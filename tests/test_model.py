@@ -221,6 +221,33 @@ def test_a_schedule_leaves_the_model_its_streams():
   assert schedule.row(0).dtype == np.int32
 
 
+def test_another_rule_is_that_of_a_model_with_it():
+  tokens = random_tokens()
+  other = CONFIG.changed({"same_row": "hidden", "skip_silence": True})
+  model = Model(other, other.stream_set(SILENCE), TOKENIZER, random_params())
+  np.testing.assert_array_equal(
+    talker().logits(tokens, same_row="hidden", skip_silence=True), model.logits(tokens)
+  )
+  assert talker().loss(tokens, same_row="hidden", skip_silence=True) == model.loss(tokens)
+  assert np.any(talker().logits(tokens) != model.logits(tokens))
+  with pytest.raises(InputError, match=r"same_row: 'inptus' is none of.*did you mean 'inputs'"):
+    talker().logits(tokens, same_row="inptus")
+
+
+def test_losses_are_of_the_logits():
+  tokens = random_tokens()
+  log_p = jax.nn.log_softmax(talker().logits(tokens))
+  labels, weights = STREAMS.labels(jnp.asarray(tokens), None, None, 0.5)
+  nats = -jnp.take_along_axis(log_p, jnp.maximum(labels, 0)[..., None], -1)[..., 0]
+  expected = float((nats * weights).sum() / weights.sum())
+  assert talker().loss(tokens, silence_weight=0.5)["loss"] == pytest.approx(expected, rel=1e-5)
+  half = talker().loss(tokens, np.full(tokens.shape, 0.5), silence_weight=0.5)
+  assert half["loss"] == pytest.approx(expected, rel=1e-5)
+  assert talker().loss(tokens, label_smoothing=0.1)["loss"] != talker().loss(tokens)["loss"]
+  with pytest.raises(InputError, match=r"loss option 'zloss': .*did you mean 'z_loss'"):
+    talker().loss(tokens, zloss=1.0)
+
+
 # The package.
 
 
