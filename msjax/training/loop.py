@@ -120,6 +120,7 @@ def train(config: Config, workdir: WorkDir) -> Trained:
           if save_now or is_best or stopping:
             checkpoints.save(step, state, batches, valid_loss)
           if stopping:
+            logging.info("stopped by a signal: saving step %d", step)
             checkpoints.wait()
             raise Stopped(f"stopped by a signal and saved at step {step}; run again to go on")
         seconds = metrics.seconds
@@ -239,7 +240,10 @@ def _jitted(learner: Learner):
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[threading.Event]:
-  """An event that SIGTERM and Ctrl-C set; a second one takes effect as ever."""
+  """An event that SIGTERM and Ctrl-C set; a second one takes effect as ever.
+
+  Their handler does no more: it may run in the middle of a log line, whose locks it would need.
+  """
   asked = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield asked  # only the main thread may handle signals
@@ -249,7 +253,6 @@ def _stop_signals() -> Iterator[threading.Event]:
   def ask(number, _):
     asked.set()
     signal.signal(number, before[number])
-    logging.info("%s: saving after this step", signal.Signals(number).name)
 
   for s in before:
     signal.signal(s, ask)
