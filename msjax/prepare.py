@@ -5,6 +5,7 @@ python -m msjax.prepare --input=chitchat --layout=timestamps --show=17
 """
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator
 
 from absl import flags
@@ -62,6 +63,8 @@ def main(_: list[str]) -> None:
   """Reads every record once; writes, counts and shows what it becomes."""
   if not (OUTPUT.value or SHOW.value or CHECK.value):
     raise InputError("nothing to do; expected --output=FILE, --show=RECORD or --check")
+  if OUTPUT.value and os.path.realpath(OUTPUT.value) == os.path.realpath(INPUT.value or ""):
+    raise InputError(f"--output: {OUTPUT.value} is the input, which would be lost; name another")
   if HTML.value and not SHOW.value:
     raise InputError("--html: expected --show=RECORD beside it, the record to write")
   tokenizer, layout = _tokenizer(), _layout()

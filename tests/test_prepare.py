@@ -68,6 +68,13 @@ def test_messages_become_spans_and_spans_the_same_tables(prepare, tmp_path):
   assert json.loads((tmp_path / "tables.jsonl").read_text())["num_rows"] == 6
 
 
+def test_the_input_is_not_written_over(prepare, tmp_path):
+  done = prepare([CHAT], "--input=in.jsonl", "--output=./in.jsonl")
+  assert done.returncode == 2
+  assert "--output: ./in.jsonl is the input, which would be lost; name another" in done.stderr
+  assert json.loads((tmp_path / "in.jsonl").read_text()) == CHAT
+
+
 def test_a_record_is_shown_checked_and_written_as_a_page(prepare, tmp_path):
   done = prepare(
     [CHAT, SCRIPT], "--input=in.jsonl", "--show=2", "--check", "--html=x.html", "--max_rows=3"
