@@ -1,7 +1,6 @@
 """A trained run becomes a Hugging Face folder."""
 
 import hashlib
-import json
 import os
 import pathlib
 import shutil
@@ -24,6 +23,7 @@ from msjax.model import Model
 from msjax.streams import HOLE
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.state import Params
+from msjax.workdir import write_json
 
 LAYOUTS = ("stream", "folded")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
@@ -65,11 +65,11 @@ def export(
   temporary.mkdir(parents=True)
   try:
     _write_weights(params, temporary, DTYPES[dtype], shard_bytes)
-    _write_json(temporary / "config.json", hf)
-    _write_json(temporary / "generation_config.json", {"eos_token_id": model.tokenizer.end_id})
+    write_json(temporary / "config.json", hf)
+    write_json(temporary / "generation_config.json", {"eos_token_id": model.tokenizer.end_id})
     model.tokenizer.save(temporary / "tokenizer.json")
-    _write_json(temporary / "tokenizer_config.json", _tokenizer_config(model.tokenizer))
-    _write_json(temporary / MANIFEST, _manifest(temporary, layout, dtype))
+    write_json(temporary / "tokenizer_config.json", _tokenizer_config(model.tokenizer))
+    write_json(temporary / MANIFEST, _manifest(temporary, layout, dtype))
     os.rename(temporary, target)
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -159,7 +159,7 @@ def _write_weights(params: Params, folder: pathlib.Path, dtype: np.dtype, shard_
     where |= dict.fromkeys(arrays, file)
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
   metadata = {"total_size": total * dtype.itemsize, "total_parameters": total}
-  _write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
+  write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
 
 
 def _shards(params: Params, dtype: np.dtype, limit: int) -> Iterator[list[Tensor]]:
@@ -189,7 +189,3 @@ def _manifest(folder: pathlib.Path, layout: str, dtype: str) -> dict[str, Any]:
     "dtype": dtype,
     "sha256": digests,
   }
-
-
-def _write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
-  path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -23,15 +23,17 @@ class Weights(Mapping[str, np.ndarray]):
         in two files, or not in the one that the index names.
     """
     self.directory = directory
-    names = _file_names(directory)
-    self._files = {name: _open(directory / name) for name in names}
+    index = _index(directory)
+    self._files = {name: _open(directory / name) for name in _file_names(directory, index)}
     self._where: dict[str, str] = {}
     for file, opened in self._files.items():
       for tensor in opened.keys():  # noqa: SIM118 - it is no dict
         if tensor in self._where:
           raise InputError(f"{directory}: {tensor} stands in {self._where[tensor]} and in {file}")
         self._where[tensor] = file
-    _check_index(directory, self._where)
+    for tensor, file in (index or {}).items():
+      if self._where.get(tensor) != file:
+        raise InputError(f"{directory / file}: lacks {tensor}, which {INDEX} says is there")
 
   def __getitem__(self, name: str) -> np.ndarray:
     """Reads a tensor; bfloat16 comes as ml_dtypes'."""
@@ -61,8 +63,7 @@ def _index(directory: pathlib.Path) -> dict[str, str] | None:
     raise InputError(f"{path}: is no index; expected JSON with a weight_map") from None
 
 
-def _file_names(directory: pathlib.Path) -> list[str]:
-  index = _index(directory)
+def _file_names(directory: pathlib.Path, index: dict[str, str] | None) -> list[str]:
   names = {p.name for p in directory.glob("*.safetensors")} if index is None else index.values()
   if not names:
     raise InputError(f"{directory}: holds no *.safetensors; expected a Hugging Face checkpoint")
@@ -76,9 +77,3 @@ def _open(path: pathlib.Path):
     raise InputError(f"{path}: not found, but {INDEX} names it") from None
   except (safetensors.SafetensorError, OSError) as error:
     raise InputError(f"{path}: cannot be read, it may be cut short: {error}") from None
-
-
-def _check_index(directory: pathlib.Path, where: Mapping[str, str]) -> None:
-  for tensor, file in (_index(directory) or {}).items():
-    if where.get(tensor) != file:
-      raise InputError(f"{directory / file}: lacks {tensor}, which {INDEX} says is there")
