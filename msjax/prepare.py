@@ -1,6 +1,6 @@
 """Turns messages into spans and spans into tables, and shows or checks what comes out.
 
-python -m msjax.prepare --input=chats.jsonl --output=tables.jsonl --layout=wait_k --k=4
+python -m msjax.prepare --input=chats.jsonl --output=tables.jsonl --layout=wait_k --wait_k=4
 python -m msjax.prepare --input=chitchat --layout=timestamps --show=17
 """
 
@@ -13,6 +13,7 @@ from absl import flags
 from msjax import cli
 from msjax.data import chitchat, formats, show
 from msjax.data.layout import LAYOUTS, Layout, convert, to_table
+from msjax.data.pipeline import SPLITS
 from msjax.errors import InputError
 from msjax.files import replacing
 from msjax.streams import Stream, Streams
@@ -21,7 +22,10 @@ from msjax.text import tokenizer as tokenizer_lib
 _DEFAULT = Layout()
 
 INPUT = flags.DEFINE_string(
-  "input", None, "JSONL file of messages, spans or tables; or chitchat: the package's chats."
+  "input",
+  None,
+  "JSONL file of messages, spans or tables; or chitchat, the package's chats; or chitchat:train, "
+  "chitchat:valid, as training splits them.",
 )
 OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.")
 TO = flags.DEFINE_string("to", "table", "What to write: messages, spans or table.")
@@ -38,8 +42,10 @@ SILENCE = flags.DEFINE_string("silence", None, "Silence token of --tokenizer, if
 LAYOUT = flags.DEFINE_string(
   "layout", _DEFAULT.name, "How messages are placed: turn, wait_k or timestamps."
 )
-K = flags.DEFINE_integer(
-  "k", _DEFAULT.k, "wait_k: rows from a question's start to its answer's; 0: the least possible."
+WAIT_K = flags.DEFINE_integer(
+  "wait_k",
+  _DEFAULT.wait_k,
+  "wait_k: rows from a question's start to its answer's; 0: the least possible.",
 )
 ROWS_PER_SECOND = flags.DEFINE_float(
   "rows_per_second", _DEFAULT.rows_per_second, "timestamps: how fast rows pass."
@@ -111,7 +117,9 @@ def _tokenizer() -> tokenizer_lib.Tokenizer:
 
 def _layout() -> Layout:
   """Returns the layout of the flags; an option of another layout is an error."""
-  layout = Layout(LAYOUT.value, K.value, ROWS_PER_SECOND.value, MAX_PAUSE.value, END_TOKEN.value)
+  layout = Layout(
+    LAYOUT.value, WAIT_K.value, ROWS_PER_SECOND.value, MAX_PAUSE.value, END_TOKEN.value
+  )
   for name, options in LAYOUTS.items():
     for option in options:
       if flags.FLAGS[option].present and name != layout.name:
@@ -122,8 +130,9 @@ def _layout() -> Layout:
 def _records(bad: formats.BadRecords) -> Iterable[formats.Record]:
   if not INPUT.value:
     raise InputError("--input: missing; expected a JSONL file, or chitchat")
-  if INPUT.value == "chitchat":
-    return chitchat.conversations()
+  package, _, split = INPUT.value.partition(":")
+  if package == "chitchat" and split in ("", *SPLITS):
+    return (c for c in chitchat.conversations() if split in ("", chitchat.split(c.id)))
   return (record for _, record in formats.read(INPUT.value, bad))
 
 

@@ -70,14 +70,14 @@ def test_turn_ends_each_message():
 def test_wait_k_answers_beside_the_question_and_exchanges_do_not_mix():
   run = streams("user:input", "think:internal", "output:output")
   chat = conversation("user:abcd", "think:T", "assistant:XY", "assistant:Z", "user:e", "think:UVWX")
-  layout = Layout("wait_k", k=3, end_token=False)
+  layout = Layout("wait_k", wait_k=3, end_token=False)
   assert columns(chat, run, layout) == ["abcd··e······", "···T·····UVWX", "···XYZ·······"]
 
 
 def test_wait_k_lets_inputs_start_together_and_queue():
   run = streams("user:input", "tool:input", "output:output")
   chat = conversation("user:ab", "tool:12", "user:c", "assistant:X")
-  assert columns(chat, run, Layout("wait_k", k=2, end_token=False)) == ["abc", "12·", "··X"]
+  assert columns(chat, run, Layout("wait_k", wait_k=2, end_token=False)) == ["abc", "12·", "··X"]
 
 
 @pytest.mark.parametrize("same_row, least", [("hidden", 2), ("inputs", 1)])
@@ -88,10 +88,10 @@ def test_wait_k_is_never_less_than_the_rule_allows(same_row, least):
     "·" * least + "X",
   ]
   chat = conversation("user:a", "assistant:X")
-  assert to_script(chat, run, BYTES, Layout("wait_k", k=least)).spans[1].row == least
+  assert to_script(chat, run, BYTES, Layout("wait_k", wait_k=least)).spans[1].row == least
   for k in range(1, least):
     with pytest.raises(InputError, match=f"k: {k} is too early.* expected at least {least}"):
-      to_script(chat, run, BYTES, Layout("wait_k", k=k))
+      to_script(chat, run, BYTES, Layout("wait_k", wait_k=k))
 
 
 def test_timestamps_end_a_message_when_it_was_sent():
@@ -216,7 +216,7 @@ def test_times_in_milliseconds_are_not_taken_for_seconds():
   "options, problem",
   [
     ({"name": "waitk"}, "'waitk' is none of turn, wait_k, timestamps; did you mean 'wait_k'"),
-    ({"k": -1}, "k: -1 is negative"),
+    ({"wait_k": -1}, "wait_k: -1 is negative"),
     ({"rows_per_second": 0.0}, "rows_per_second: 0.0; expected more than 0"),
     ({"rows_per_second": math.nan}, "rows_per_second: nan"),
     ({"max_pause": 0.0}, "max_pause: 0.0; expected seconds"),

@@ -54,7 +54,7 @@ def printed(done):
 
 
 def test_messages_become_spans_and_spans_the_same_tables(prepare, tmp_path):
-  layout = ("--layout=wait_k", "--k=3")
+  layout = ("--layout=wait_k", "--wait_k=3")
   done = prepare([CHAT], "--input=in.jsonl", "--output=spans.jsonl", "--to=spans", *layout)
   assert done.stdout == "1 records written to spans.jsonl (spans)\n"
   ((_, script),) = read(tmp_path / "spans.jsonl")
@@ -124,8 +124,12 @@ def test_skip_goes_on_and_says_how_many(prepare, tmp_path):
     ([CHAT], "--input=in.jsonl", "nothing to do; expected --output=FILE, --show=RECORD or --check"),
     ([CHAT, "{"], "--input=in.jsonl --output=o", "in.jsonl:2: json: Expecting property name"),
     (["{"], "--input=in.jsonl --output=o --on_bad_record=skip", "in.jsonl: all 1 records are bad"),
-    ([CHAT], "--input=in.jsonl --output=o --k=3", "--k: is an option of --layout=wait_k, not of"),
-    ([CHAT], "--input=in.jsonl --output=o --layout=wait_k --k=1", "layout k: 1 is too early"),
+    (
+      [CHAT],
+      "--input=in.jsonl --output=o --wait_k=3",
+      "--wait_k: is an option of --layout=wait_k, not of",
+    ),
+    ([CHAT], "--input=in.jsonl --output=o --layout=wait_k --wait_k=1", "wait_k: 1 is too early"),
     ([CHAT], "--input=in.jsonl --output=o --to=spam", "level 'spam' is none of messages, spans"),
     ([CHAT], "--input=in.jsonl --output=o --silence=-", "--silence: the built-in bytes have"),
     ([CHAT], "--input=in.jsonl --output=o --tokenizer=none", "none: No such file"),

@@ -30,7 +30,7 @@ from msjax.errors import InputError, nearest
 from msjax.streams import HOLE, Streams
 from msjax.text.tokenizer import Tokenizer
 
-LAYOUTS = {"turn": (), "wait_k": ("k",), "timestamps": ("rows_per_second", "max_pause")}
+LAYOUTS = {"turn": (), "wait_k": ("wait_k",), "timestamps": ("rows_per_second", "max_pause")}
 MAX_ROWS = 2**20  # of one record; more is a slip of units, not data
 _ROLES = {"assistant": "output", "user": "input", "human": "input"}
 
@@ -41,14 +41,14 @@ class Layout:
 
   Attributes:
     name: `turn`, `wait_k` or `timestamps`.
-    k: wait_k: rows from the start of a question to its answer; 0: the least possible.
+    wait_k: rows from the start of a question to its answer; 0: the least possible.
     rows_per_second: timestamps: how fast rows pass.
     max_pause: timestamps: longer pauses between messages are cut to this many seconds.
     end_token: whether <end> follows each message.
   """
 
   name: str = "turn"
-  k: int = 0
+  wait_k: int = 0
   rows_per_second: float = 1.0
   max_pause: float = 8.0
   end_token: bool = True
@@ -59,9 +59,9 @@ class Layout:
       raise InputError(
         f"layout: {self.name!r} is none of {', '.join(LAYOUTS)}{nearest(self.name, LAYOUTS)}"
       )
-    if self.k < 0:
+    if self.wait_k < 0:
       raise InputError(
-        f"layout k: {self.k} is negative; expected rows, or 0 for the least possible"
+        f"wait_k: {self.wait_k} is negative; expected rows, or 0 for the least possible"
       )
     if not 0 < self.rows_per_second < math.inf:
       raise InputError(f"layout rows_per_second: {self.rows_per_second}; expected more than 0")
@@ -70,12 +70,12 @@ class Layout:
 
   def wait(self, streams: Streams) -> int:
     """Returns k, or raises where no answer can be known so early under the streams' rule."""
-    if 0 < self.k < streams.lag:
+    if 0 < self.wait_k < streams.lag:
       raise InputError(
-        f"layout k: {self.k} is too early: with same_row={streams.same_row} a cell can answer what "
-        f"stands {streams.lag} rows before it; expected at least {streams.lag}"
+        f"wait_k: {self.wait_k} is too early: with same_row={streams.same_row} a cell can answer "
+        f"what stands {streams.lag} rows before it; expected at least {streams.lag}"
       )
-    return self.k or streams.lag
+    return self.wait_k or streams.lag
 
 
 def convert(
