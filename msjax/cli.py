@@ -3,6 +3,7 @@
 import logging as std_logging
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from absl import app, flags, logging
@@ -40,18 +41,19 @@ def run(
       check(sys.argv)
     app.run(flushed, flags_parser=_parse)
   except InputError as error:
-    _complain(error)
+    _complain(f"error: {error}")
     sys.exit(_WRONG_INPUT)
   except RunError as error:
-    _complain(error)
+    _complain(f"{error.kind}: {error}")
     sys.exit(error.exit_status)
   except KeyboardInterrupt:
-    sys.exit(_INTERRUPTED)
+    _complain("interrupted")
+    os._exit(_INTERRUPTED)  # XLA may be compiling still, and would crash in an orderly exit
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     sys.exit(_BROKEN_PIPE)
   except OSError as error:
-    _complain(error)
+    _complain(f"error: {error}")
     sys.exit(_FAILED)
 
 
@@ -65,6 +67,9 @@ def _parse(argv: list[str]) -> list[str]:
   except flags.Error as error:
     lines = str(error).strip().splitlines()  # more than one only of a config file: its traceback
     raise InputError(" ".join(dict.fromkeys((lines[0].strip(), lines[-1])))) from None
+  except Exception as error:  # raised by a config file
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    raise InputError(f"{frame.filename}:{frame.lineno}: {type(error).__name__}: {error}") from None
   except SystemExit:  # absl ends --help with status 1
     sys.stdout.flush()
     sys.exit(0)
@@ -87,9 +92,8 @@ def _log_plainly() -> None:
   )
 
 
-def _complain(error: Exception) -> None:
-  message = str(error).replace("\n", " ")
-  print(f"{_program()}: error: {message}", file=sys.stderr)
+def _complain(message: str) -> None:
+  print(f"{_program()}: {message}".replace("\n", " "), file=sys.stderr, flush=True)
 
 
 def _program() -> str:

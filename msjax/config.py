@@ -145,97 +145,46 @@ class Config:
   def validate(self) -> None:
     """Checks every constraint between and within fields; names field, value and what is allowed."""
     _check_types(self)
-    m, d, o, t = self.model, self.data, self.optim, self.train
-    _positive(m, "model", "dim layers heads kv_heads head_dim mlp_dim rope_theta norm_eps")
-    _positive(d, "data", "rows rows_per_second max_pause min_ops max_ops")
-    _positive(o, "optim", "learning_rate eps")
-    _positive(t, "train", "steps batch micro_batches log_every save_every keep read_threads")
-    _not_negative(m, "model", "vocab_size")
-    _not_negative(d, "data", "wait_k")
+    _check_model(self.model)
+    _check_data(self.data)
     _not_negative(self.loss, "loss", "silence_weight z_loss label_smoothing")
-    _not_negative(
-      o,
-      "optim",
-      "stream_learning_rate warmup_steps cooldown_steps final_fraction weight_decay clip_norm",
-    )
-    _not_negative(t, "train", "seed eval_every eval_batches")
+    _fractions(self.loss, "loss", "label_smoothing")
+    _check_optim(self.optim, self.train.steps)
+    _check_train(self.train)
     _one_of("same_row", self.same_row, SAME_ROW)
-    _one_of("report", self.report, ("", "arithmetic", "likelihood"))
-    _one_of("model.remat", m.remat, ("none", "dots", "full"))
-    _one_of("model.dtype", m.dtype, ("auto", "float32", "bfloat16"))
-    _one_of("data.source", d.source, ("jsonl", "arithmetic", "chitchat"))
-    _one_of("data.layout", d.layout, ("turn", "wait_k", "timestamps"))
-    _one_of("data.on_bad_record", d.on_bad_record, ("stop", "skip"))
-    _one_of("optim.schedule", o.schedule, ("constant", "cosine"))
-    for name, value in (
-      ("model.attention_dropout", m.attention_dropout),
-      ("loss.label_smoothing", self.loss.label_smoothing),
-      ("optim.b1", o.b1),
-      ("optim.b2", o.b2),
-    ):
-      _check(0 <= value < 1, name, value, "at least 0 and below 1")
-    _check(
-      m.heads % m.kv_heads == 0, "model.kv_heads", m.kv_heads, f"a divisor of heads ({m.heads})"
-    )
-    _check(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "even, for RoPE")
-    _check(
-      t.batch % t.micro_batches == 0,
-      "train.micro_batches",
-      t.micro_batches,
-      f"a divisor of train.batch ({t.batch})",
-    )
-    _check(
-      o.warmup_steps + o.cooldown_steps <= t.steps,
-      "optim.warmup_steps + optim.cooldown_steps",
-      o.warmup_steps + o.cooldown_steps,
-      f"at most train.steps ({t.steps})",
-    )
-    _check(d.min_ops <= d.max_ops, "data.min_ops", d.min_ops, f"at most data.max_ops ({d.max_ops})")
-    _check(
-      d.source != "arithmetic" or t.eval_batches > 0,
-      "train.eval_batches",
-      t.eval_batches,
-      "at least 1, for arithmetic never runs out of held-out questions",
-    )
-    _check(d.source != "jsonl" or bool(d.train), "data.train", d.train, "a JSONL file to train on")
-    _check(
-      self.report != "arithmetic" or d.source == "arithmetic",
-      "report",
-      self.report,
-      "data.source=arithmetic beside it",
-    )
-    held_out_text = d.source == "chitchat" or (d.source == "jsonl" and bool(d.valid))
-    _check(
-      self.report != "likelihood" or held_out_text,
-      "report",
-      self.report,
-      "held-out text beside it, as by data.valid=FILE",
-    )
-    if m.rope_scaling is not None:
-      scaling = "factor low_freq_factor high_freq_factor original_max_position"
-      _positive(m.rope_scaling, "model.rope_scaling", scaling)
-      _check(
-        m.rope_scaling.low_freq_factor < m.rope_scaling.high_freq_factor,
-        "model.rope_scaling.low_freq_factor",
-        m.rope_scaling.low_freq_factor,
-        f"less than high_freq_factor ({m.rope_scaling.high_freq_factor})",
-      )
+    self._check_sources()
     streams = self.stream_set(silence_id=0)
     _check(streams.weights.any(), "streams", self.streams, "one with a loss weight above 0")
-    least = streams.lag if d.layout == "wait_k" else math.inf
-    _check(
-      d.wait_k == 0 or d.wait_k >= least,
-      "data.wait_k",
-      d.wait_k,
-      f"0 or at least {least} with same_row={self.same_row}"
-      if d.layout == "wait_k"
-      else f"0 with data.layout={d.layout}",
-    )
+    if self.data.layout == "wait_k":
+      k, lag = self.data.wait_k, streams.lag
+      expected = f"0 or at least {lag} with same_row={self.same_row}"
+      _check(k == 0 or k >= lag, "data.wait_k", k, expected)
     if self.baseline:
       try:
         self.baseline_run().validate()
       except InputError as error:
         raise InputError(f"config.baseline: {error}") from None
+
+  def _check_sources(self) -> None:
+    """Checks that a run has the data that it is to learn from and be measured on."""
+    d = self.data
+    if d.source == "jsonl":
+      _check(bool(d.train), "data.train", d.train, "a JSONL file to train on")
+    else:
+      for name in ("train", "valid"):
+        expected = f"no file with data.source={d.source}; set data.source=jsonl to read it"
+        _check(not getattr(d, name), f"data.{name}", getattr(d, name), expected)
+    _one_of("report", self.report, ("", "arithmetic", "likelihood"))
+    if self.report == "arithmetic":
+      expected = "data.source=arithmetic beside it"
+      _check(d.source == "arithmetic", "report", self.report, expected)
+    if self.report == "likelihood":
+      held_out_text = d.source == "chitchat" or (d.source == "jsonl" and bool(d.valid))
+      expected = "held-out text beside it, as by data.valid=FILE"
+      _check(held_out_text, "report", self.report, expected)
+    if d.source == "arithmetic":
+      expected = "at least 1, for arithmetic never runs out of held-out questions"
+      _check(self.train.eval_batches > 0, "train.eval_batches", self.train.eval_batches, expected)
 
   def baseline_run(self) -> "Config":
     """Returns the run that the report sets beside this one."""
@@ -307,6 +256,56 @@ def nested_dataclass(hint) -> type | None:
   return next((o for o in options if dataclasses.is_dataclass(o)), None)
 
 
+def _check_model(m: ModelConfig) -> None:
+  _positive(m, "model", "dim layers heads kv_heads head_dim mlp_dim rope_theta norm_eps")
+  _not_negative(m, "model", "vocab_size")
+  _fractions(m, "model", "attention_dropout")
+  _one_of("model.remat", m.remat, ("none", "dots", "full"))
+  _one_of("model.dtype", m.dtype, ("auto", "float32", "bfloat16"))
+  divides = m.heads % m.kv_heads == 0
+  _check(divides, "model.kv_heads", m.kv_heads, f"a divisor of heads ({m.heads})")
+  _check(m.head_dim % 2 == 0, "model.head_dim", m.head_dim, "even, for RoPE")
+  if m.rope_scaling is not None:
+    names = "factor low_freq_factor high_freq_factor original_max_position"
+    _positive(m.rope_scaling, "model.rope_scaling", names)
+    low, high = m.rope_scaling.low_freq_factor, m.rope_scaling.high_freq_factor
+    expected = f"less than high_freq_factor ({high})"
+    _check(low < high, "model.rope_scaling.low_freq_factor", low, expected)
+
+
+def _check_data(d: DataConfig) -> None:
+  _positive(d, "data", "rows rows_per_second max_pause min_ops max_ops")
+  _not_negative(d, "data", "wait_k")
+  _one_of("data.source", d.source, ("jsonl", "arithmetic", "chitchat"))
+  _one_of("data.layout", d.layout, ("turn", "wait_k", "timestamps"))
+  _one_of("data.on_bad_record", d.on_bad_record, ("stop", "skip"))
+  _check(d.min_ops <= d.max_ops, "data.min_ops", d.min_ops, f"at most data.max_ops ({d.max_ops})")
+  if d.layout != "wait_k":
+    _check(d.wait_k == 0, "data.wait_k", d.wait_k, f"0 with data.layout={d.layout}")
+
+
+def _check_optim(o: OptimConfig, steps: int) -> None:
+  _positive(o, "optim", "learning_rate eps")
+  _not_negative(
+    o,
+    "optim",
+    "stream_learning_rate warmup_steps cooldown_steps final_fraction weight_decay clip_norm",
+  )
+  _fractions(o, "optim", "b1 b2")
+  _one_of("optim.schedule", o.schedule, ("constant", "cosine"))
+  both = o.warmup_steps + o.cooldown_steps
+  expected = f"at most train.steps ({steps})"
+  _check(both <= steps, "optim.warmup_steps + optim.cooldown_steps", both, expected)
+
+
+def _check_train(t: TrainConfig) -> None:
+  _positive(t, "train", "steps batch micro_batches log_every save_every keep read_threads")
+  _not_negative(t, "train", "seed eval_every eval_batches")
+  divides = t.batch % t.micro_batches == 0
+  expected = f"a divisor of train.batch ({t.batch})"
+  _check(divides, "train.micro_batches", t.micro_batches, expected)
+
+
 def _check_types(owner: Any, prefix: str = "") -> None:
   """Checks that every field holds what its type says, those of nested dataclasses too."""
   for name, hint in typing.get_type_hints(type(owner)).items():
@@ -342,6 +341,12 @@ def _not_negative(owner, prefix: str, names: str) -> None:
   for name in names.split():
     value = getattr(owner, name)
     _check(0 <= value < math.inf, f"{prefix}.{name}", value, "zero or a positive number")
+
+
+def _fractions(owner, prefix: str, names: str) -> None:
+  for name in names.split():
+    value = getattr(owner, name)
+    _check(0 <= value < 1, f"{prefix}.{name}", value, "at least 0 and below 1")
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -1,6 +1,7 @@
 """The flag `--config=FILE --config.FIELD=VALUE`, and plain words about what is wrong with it."""
 
 import os
+import pathlib
 import types
 from typing import Any
 
@@ -46,14 +47,25 @@ def check(argv: list[str]) -> None:
     name, given, value = word.partition("=")
     name = f"--{name.lstrip('-')}" if name.startswith("-") else name
     value = value if given else following
-    if name == "--config" and not os.path.isfile(value.partition(":")[0]):
-      raise InputError(
-        f"--config: {value!r} is no file; expected one such as configs/quickstart.py"
-      )
+    if name == "--config":
+      _check_file(value.partition(":")[0])
     if name.startswith(_PREFIX):
       hint = _settable_type(name.removeprefix(_PREFIX))
       if given or hint is not bool:  # such a flag alone means true
         _check_value(name, hint, value)
+
+
+def _check_file(path: str) -> None:
+  """Checks that a file is Python and defines get_config."""
+  if not os.path.isfile(path):
+    raise InputError(f"--config: {path!r} is no file; expected one such as configs/quickstart.py")
+  source = pathlib.Path(path).read_text(encoding="utf-8", errors="replace")
+  try:
+    compile(source, path, "exec")
+  except SyntaxError as error:
+    raise InputError(f"{path}:{error.lineno}: {error.msg}") from None
+  if "get_config" not in source:
+    raise InputError(f"--config: {path} has no get_config(); expected one that returns a Config")
 
 
 def _settable_type(name: str) -> Any:

@@ -38,7 +38,7 @@ def main(_) -> None:
   )
   names = model.streams.names
   printer = RowPrinter(names, mode="jsonl" if _JSONL.value else None)
-  said = dict.fromkeys(names, "")
+  said = {name: [""] for name in names}  # messages
   for row in rows:
     ids = [row.tokens[name] for name in names]
     if _JSONL.value:
@@ -46,11 +46,14 @@ def main(_) -> None:
     else:
       printer.row(row.index, [model.tokenizer.cell_text(i) for i in ids], ids)
     for name in names:
-      said[name] += row.text[name]
+      said[name][-1] += row.text[name]
+      if row.tokens[name] == model.tokenizer.end_id:
+        said[name].append("")
   if not _JSONL.value:
     print()
     for name in names:
-      print(f"{name}: {said[name]}")
+      for message in filter(None, said[name]):
+        print(f"{name}: {message}")
 
 
 def _placed(text: str) -> tuple[int, str, str]:

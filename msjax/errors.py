@@ -26,9 +26,11 @@ class RunError(RuntimeError):
 
   Attributes:
     exit_status: of a command that ends by it.
+    kind: what the command calls it.
   """
 
   exit_status = 1
+  kind = "error"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

@@ -54,6 +54,11 @@ class Model:
     self._losses = functools.cache(self._compiled_loss)
     self._unrolled = None
 
+  def __repr__(self) -> str:
+    """Says what it is in one line."""
+    count = sum(p.size for p in jax.tree.leaves(self.params))
+    return f"Model({count:,} parameters; {', '.join(map(str, self.streams.streams))})"
+
   @property
   def params(self) -> Params:
     """The parameters, as a nested dict."""
@@ -119,7 +124,7 @@ class Model:
     def score(params, tokens, weights):
       segments = jnp.zeros(tokens.shape[:2], jnp.int32)
       batch = {"tokens": tokens, "weights": weights, "segments": segments}
-      scores = summarize(learner.evaluate(params, batch), streams, config.loss)
+      scores = summarize(learner.evaluate(params, batch), streams)
       return {name: value for name, value in scores.items() if name != "cells"}
 
     return jax.jit(score)
@@ -182,9 +187,11 @@ class Model:
       raise InputError(f"rows: {rows}; expected 1 or more")
     if not 0 <= temperature < math.inf:
       raise InputError(f"temperature: {temperature}; expected 0, the likeliest token, or more")
+    if not isinstance(inputs, Mapping):
+      raise InputError(f"inputs: {inputs!r}; expected text by stream, as in {{'user': 'hello'}}")
     schedule = Schedule(self.streams)
     given = itertools.chain(((0, stream, text) for stream, text in inputs.items()), at)
-    given = [(_row(row, stream), stream, self._said(text)) for row, stream, text in given]
+    given = [(row, stream, self._said(text)) for row, stream, text in map(_placed, given)]
     for row, stream, ids in sorted(given, key=lambda g: g[0]):  # no text is cut by an earlier one
       schedule.put(row, stream, ids)
     if rows is not None and schedule.rows > rows:
@@ -218,10 +225,14 @@ class Model:
         return
 
 
-def _row(row: int, stream: str) -> int:
+def _placed(given: tuple[int, str, str]) -> tuple[int, str, str]:
+  """Checks one of `at`."""
+  if not (isinstance(given, tuple) and len(given) == 3):
+    raise InputError(f"at: {given!r}; expected tuples (row, stream, text)")
+  row, stream, _ = given
   if not (isinstance(row, int) and row >= 0):
     raise InputError(f"row {row!r} for stream {stream!r}: expected a whole number, 0 or more")
-  return row
+  return given
 
 
 class Schedule:

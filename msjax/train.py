@@ -8,12 +8,15 @@ import json
 from absl import flags, logging
 
 from msjax import cli, config_flag
+from msjax.config import Config
+from msjax.data import load as data
 from msjax.errors import InputError
 from msjax.evals import reports
 from msjax.training.loop import train
 from msjax.workdir import WorkDir
 
 _CONFIG = config_flag.define()
+flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "directory of the run; by default the config's, if it has one"
 )
@@ -23,6 +26,7 @@ _ON_BAD_RECORD = flags.DEFINE_enum(
   ["stop", "skip"],
   "what a wrong record of a data file does: stop with its line, or skip it, counted and listed",
 )
+_BASELINE = flags.DEFINE_bool("baseline", True, "train the config's baseline too")
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved config and end")
 
 
@@ -31,6 +35,8 @@ def main(_) -> None:
   config = config_flag.resolve(_CONFIG)
   config.workdir = _WORKDIR.value or config.workdir
   config.data.on_bad_record = _ON_BAD_RECORD.value or config.data.on_bad_record
+  if not _BASELINE.value:
+    config.baseline = {}
   if _PRINT_CONFIG.value:
     print(json.dumps(config.to_json(), indent=2))
     return
@@ -38,15 +44,26 @@ def main(_) -> None:
     raise InputError("--workdir: not given, and this config has no default; expected a directory")
   workdir = WorkDir(config.workdir)
   logging.info("work directory %s", workdir.path)
+  if config.baseline:
+    _check_baseline(config)
   trained, baseline = train(config, workdir), None
   if config.baseline:
-    logging.info("baseline: the same run with %s", config.baseline)
+    changes = ", ".join(f"{name}={value}" for name, value in config.baseline.items())
+    logging.info("baseline: the same run with %s", changes)
     baseline = train(config.baseline_run(), workdir.baseline)
   if config.report:
     report = reports.REPORTS[config.report]
     figures = report.measure(trained, baseline)
     workdir.write_report(figures)
     report.show(trained, figures)
+
+
+def _check_baseline(config: Config) -> None:
+  """Checks before the first run what would else end the second."""
+  try:
+    data.check(config.baseline_run())
+  except InputError as error:
+    raise InputError(f"config.baseline: {error}; --nobaseline trains the run alone") from None
 
 
 if __name__ == "__main__":

@@ -67,7 +67,10 @@ class WorkDir:
   @contextlib.contextmanager
   def lock(self) -> Iterator[None]:
     """Holds the directory against other trainers; the system lets go when the process ends."""
-    self.path.mkdir(parents=True, exist_ok=True)
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+      raise InputError(f"--workdir {self.path}: is a file; expected a directory") from None
     with open(self.path / ".lock", "a+") as file:
       try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

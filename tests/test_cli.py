@@ -9,7 +9,7 @@ COMMAND = '''
 import sys
 from absl import flags
 from msjax import cli
-from msjax.errors import InputError
+from msjax.errors import InputError, RunError
 
 N = flags.DEFINE_integer("number", None, "What is doubled.")
 
@@ -22,6 +22,8 @@ def main(argv):
     raise ZeroDivisionError
   if N.value == 16:
     return 5
+  if N.value == 18:
+    raise RunError("came to grief")
   if N.value == 17:
     sys.stdin.read()
   print(N.value * 2, "\\u00b7", len(argv))
@@ -77,7 +79,7 @@ def test_a_fault_of_ours_keeps_its_traceback(command):
 
 def test_an_interrupt_ends_without_a_traceback(command):
   done = command("--number=14")
-  assert (done.returncode, done.stderr) == (130, "")
+  assert (done.returncode, done.stderr) == (130, "double.py: interrupted\n")
 
 
 def test_help_shows_the_commands_flags(command):
@@ -105,3 +107,8 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path, command):
 def test_a_terminal_that_lacks_a_character_shows_its_code(command):
   done = command("--number=4", env={**os.environ, "PYTHONIOENCODING": "ascii"})
   assert (done.returncode, done.stdout) == (0, "8 \\xb7 1\n")
+
+
+def test_a_run_that_came_to_grief_is_one_line_and_status_1(command):
+  done = command("--number=18")
+  assert (done.returncode, done.stderr) == (1, "double.py: error: came to grief\n")

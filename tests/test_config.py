@@ -143,8 +143,15 @@ def test_rope_scaling_is_checked(scaling, told):
     VALID.changed({"model.rope_scaling": RopeScaling(**scaling)}).validate()
 
 
+@pytest.mark.parametrize("source", ["arithmetic", "chitchat"])
+def test_files_that_would_not_be_read_are_refused(source):
+  config = VALID.changed({"data.source": source, "train.eval_batches": 1})
+  with pytest.raises(InputError, match=r"config.data.train: 'train.jsonl' .* data.source=jsonl"):
+    config.validate()
+
+
 def test_arithmetic_needs_an_end_to_its_evaluation():
-  config = VALID.changed({"data.source": "arithmetic"})
+  config = Config(data=DataConfig(source="arithmetic"))
   with pytest.raises(InputError, match=r"config.train.eval_batches: 0 .* at least 1"):
     config.validate()
 

@@ -150,7 +150,7 @@ def test_examples_are_shown_up_to_their_answer(monkeypatch):
 
 BYTES = ByteTokenizer()
 HUSH = BYTES.silence_id
-RUN = Config(data=DataConfig(train="t", rows=8), train=TrainConfig(batch=4)).stream_set(HUSH)
+RUN = Config(streams=("user:input:1", "output:output")).stream_set(HUSH)
 
 
 class Fixed:
@@ -169,8 +169,16 @@ class Fixed:
     return str(index)
 
 
+def test_streams_that_are_not_trained_do_not_count_among_all():
+  tally = Tally(Config(streams=("user:input", "output:output")).stream_set(HUSH), BYTES)
+  tally.add(np.array([[65, 66]]), np.array([[100.0, 2.0]]))
+  scores = tally.scores()
+  assert scores["streams"]["user"]["loss_per_token"] == 100
+  assert scores["all"] == scores["streams"]["output"]
+
+
 def test_a_tally_keeps_text_silence_and_streams_apart():
-  tally = Tally(("user", "output"), HUSH, BYTES)
+  tally = Tally(RUN, BYTES)
   labels = np.array([[[65, 66], [HUSH, 67], [-1, BYTES.end_id]]])
   nats = np.array([[[1.0, 2.0], [4.0, 8.0], [1e9, 16.0]]])
   tally.add(labels, nats)
@@ -193,7 +201,7 @@ def test_a_tally_keeps_text_silence_and_streams_apart():
 
 def test_characters_of_several_bytes_count_as_such():
   tokens = synthetic.tokenizer()  # "+3" is one token of two bytes
-  tally = Tally(("a",), tokens.silence_id, tokens)
+  tally = Tally(Config(streams=("a:output",)).stream_set(tokens.silence_id), tokens)
   tally.add(np.array([[tokens.encode("+3")[0]]]), np.array([[6.0]]))
   assert tally.scores()["streams"]["a"]["bits_per_byte"] == pytest.approx(3 / math.log(2))
 

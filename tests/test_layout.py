@@ -176,7 +176,11 @@ def test_streams_nobody_speaks_in_are_holes():
   "message, field, problem",
   [
     (Message("usr", "a"), "role", "did you mean 'user'"),
-    (Message("system", "a"), "role", "'system' has no stream among user, output"),
+    (
+      Message("system", "a"),
+      "role",
+      "'system' has no stream among user:input",
+    ),
     (Message("user", "a", stream="outptu"), "stream", "did you mean 'output'"),
     (Message("user", "\ud800"), "content", "half of a surrogate pair"),
   ],

@@ -137,7 +137,7 @@ def test_a_stopped_run_goes_on_to_the_very_same_parameters(tmp_path, monkeypatch
   whole, stopped = WorkDir(tmp_path / "whole"), WorkDir(tmp_path / "stopped")
   expected = train(config, whole)
   stopping(monkeypatch, at=3)
-  with pytest.raises(Stopped, match="stopped by a signal and saved at step 4; run again to go on"):
+  with pytest.raises(Stopped, match="by a signal, saved at step 4; run again to go on"):
     train(config, stopped)
   assert saved_steps(stopped)[-1] == 4
   again = train(config, stopped)

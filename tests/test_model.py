@@ -194,6 +194,8 @@ def test_text_may_come_later_and_queues_up_in_order():
     ({"inputs": {"user": "a"}, "at": [("3", "user", "a")]}, "row '3' for stream 'user': expected"),
     ({"at": [(1.5, "user", "a")]}, "row 1.5 for stream 'user': expected a whole number"),
     ({"inputs": {"user": None}}, "text None: expected a str, not NoneType"),
+    ({"inputs": "a"}, "inputs: 'a'; expected text by stream, as in .'user': 'hello'."),
+    ({"at": ["2:user:a"]}, r"at: '2:user:a'; expected tuples \(row, stream, text\)"),
     ({"temperature": -0.5}, "temperature: -0.5; expected 0"),
     ({"temperature": float("nan")}, "temperature: nan"),
   ],

@@ -231,6 +231,8 @@ def get_config():
     "streams": ("user:input", "think:internal", "output:output"),
     "same_row": "inputs",
     "data.source": "arithmetic",
+    "data.train": "",
+    "data.valid": "",
     "data.end_token": False,
     "data.pack": False,
     "train.steps": 3,
@@ -262,7 +264,7 @@ def test_a_run_is_stopped_goes_on_and_reports(place):
   assert process.returncode == 42
   (line,) = complaints(log)
   (step,) = re.fullmatch(
-    r"msjax.train: error: stopped by a signal and saved at step (\d+); run again to go on", line
+    r"msjax.train: stopped: by a signal, saved at step (\d+); run again to go on", line
   ).groups()
   step = int(step)
   assert saved()[0][-1] == step == metrics()[-1]["step"]
@@ -430,19 +432,25 @@ WRONG_FLAGS = {
   "--config=dict.py --workdir=w": r"get_config\(\) returned dict; expected a msjax.config.Config",
   "--config=typed.py --workdir=w": "config.train.batch: '4' is not allowed; expected a whole num",
   "--config=typo.py --workdir=w": r"typo.py: .* config file:\s+TypeError: .* argument 'stepz'$",
+  "--config=syntax.py --workdir=w": r"syntax.py:2: expected ':'",
+  "--config=none_such.py --workdir=w": r"none_such.py:1: ModuleNotFoundError: .*'none_such_module'",
+  "--config=empty.py --workdir=w": r"empty.py has no get_config\(\)",
+  "--config=run.py --workdir=run.py": "--workdir run.py: is a file; expected a directory",
+  "--config=run.py --workdir=run.py/run": "--workdir run.py/run: is a file; expected a directory",
+  "--config=sums.py --workdir=w --config.data.max_ops=12": (
+    "config.baseline: config.data.rows: 24; .* with 12 operations takes 28; --nobaseline"
+  ),
   "--config=run.py --workdir=taken --config.model.dim=64": "holds a run with config.model.dim = 32",
   "--config=run.py --workdir=taken --config.streams=('a:input','b:output')": "config.streams = ",
   "--config=run.py --workdir=taken --config.data.tokenizer=bpe:300": "config.data.tokenizer = 'byt",
 }
-REFUSED_BY_THE_SYSTEM = {
-  "--config=run.py --workdir=run.py": "File exists: 'run.py'",
-  "--config=run.py --workdir=run.py/run": "Not a directory: 'run.py/run'",
-}
+REFUSED_BY_THE_SYSTEM = {"--config=run.py --workdir=/proc/run": "No such file or dir.*/proc/run"}
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory):
-  """Status and standard error by command line, and what lay in the taken directory since."""
+  """Status and standard error by command line; what lay in the taken directory before and after;
+  whether another was made."""
   path = tmp_path_factory.mktemp("wrong")
   with pytest.MonkeyPatch.context() as patch:
     patch.chdir(path)
@@ -451,6 +459,10 @@ def answers(tmp_path_factory):
       ("dict", "def get_config():\n  return {}\n"),
       ("typed", CONFIG.replace("batch=8", "batch='4'")),
       ("typo", CONFIG.replace("steps=", "stepz=")),
+      ("syntax", "\ndef get_config()\n"),
+      ("none_such", "import none_such_module\nget_config = None\n"),
+      ("empty", ""),
+      ("sums", SUMS),
     ):
       (path / f"{name}.py").write_text(text)
     write(path / "train.jsonl", chat(0))
@@ -477,7 +489,12 @@ def answers(tmp_path_factory):
       timeout=DEADLINE,
     )
   assert done.returncode == 0, done.stderr
-  return dict(zip(lines, map(json.loads, done.stdout.splitlines()))), before, contents()
+  return (
+    dict(zip(lines, map(json.loads, done.stdout.splitlines()))),
+    before,
+    contents(),
+    (path / "w").exists(),
+  )
 
 
 def file_line(name):
@@ -511,5 +528,9 @@ def test_what_the_system_refuses_is_one_line(answers, line):
 
 
 def test_nothing_is_lost_in_the_directory_of_another_run(answers):
-  _, before, after = answers
+  _, before, after, _ = answers
   assert after == before
+
+
+def test_a_start_that_fails_makes_no_directory(answers):
+  assert not answers[-1]

@@ -179,10 +179,11 @@ def _stream_id(message: Message, streams: Streams, conversation: Conversation, i
     return names.index(message.role)
   of_kind = streams.of_kind(_ROLES[message.role]) if message.role in _ROLES else ()
   if not of_kind:
+    known = [*names, *(role for role, kind in _ROLES.items() if streams.of_kind(kind))]
     raise error(
       f"messages[{index}].role",
-      f"{message.role!r} has no stream among {', '.join(names)}; expected a stream of that name "
-      f"or a 'stream' in the message{nearest(message.role, [*names, *_ROLES])}",
+      f"{message.role!r} has no stream among {', '.join(map(str, streams.streams))}; expected a "
+      f"stream of that name or a 'stream' in the message{nearest(message.role, known)}",
     )
   return of_kind[0]
 

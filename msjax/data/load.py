@@ -48,12 +48,7 @@ def load(config: Config, made_before: pathlib.Path | None = None) -> Data:
   """
   d = config.data
   if d.source == "arithmetic":
-    tokenizer = synthetic.tokenizer()
-    streams = config.stream_set(tokenizer.silence_id)
-    ops, seed = (d.min_ops, d.max_ops), config.train.seed
-    sources = [
-      synthetic.Arithmetic(split, streams, tokenizer, ops, d.chat, d.rows, seed) for split in SPLITS
-    ]
+    tokenizer, streams, sources = _arithmetic(config)
   else:
     tokenizer = _tokenizer(config, made_before)
     streams = config.stream_set(tokenizer.silence_id)
@@ -68,6 +63,20 @@ def load(config: Config, made_before: pathlib.Path | None = None) -> Data:
       )
     logging.info("%s: %s examples", split, f"{len(source):,}" if source else "no")
   return Data(tokenizer, streams, *sources)
+
+
+def check(config: Config) -> None:
+  """Raises what `load` would, as far as it can be told without reading anything."""
+  if config.data.source == "arithmetic":
+    _arithmetic(config)
+
+
+def _arithmetic(config: Config) -> tuple[Tokenizer, Streams, list[Source]]:
+  d, seed, tokenizer = config.data, config.train.seed, synthetic.tokenizer()
+  streams = config.stream_set(tokenizer.silence_id)
+  ops = (d.min_ops, d.max_ops)
+  made = lambda split: synthetic.Arithmetic(split, streams, tokenizer, ops, d.chat, d.rows, seed)
+  return tokenizer, streams, [made(split) for split in SPLITS]
 
 
 def _teaches(example: Example, config: Config, streams: Streams) -> bool:

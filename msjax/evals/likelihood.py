@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from msjax.data.pipeline import Source, held_out_batches
-from msjax.streams import HOLE
+from msjax.streams import HOLE, Streams
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.state import Learner, Params
 
@@ -17,17 +17,18 @@ Scores = dict[str, Score | dict[str, Score]]  # of `all`, and under `streams` by
 class Tally:
   """Sums of cross-entropy by stream; silence apart from what is said."""
 
-  def __init__(self, names: tuple[str, ...], silence_id: int, tokenizer: Tokenizer):
+  def __init__(self, streams: Streams, tokenizer: Tokenizer):
     """Starts empty."""
-    self.names, self.silence_id = names, silence_id
+    self.streams = streams
     self._bytes = np.array([tokenizer.byte_length(i) for i in range(tokenizer.vocab_size)])
-    self._sums = np.zeros((len(names), 5))  # tokens, their nats, their bytes, silences, their nats
+    # By stream: tokens, their nats, their bytes, silences, their nats.
+    self._sums = np.zeros((len(streams), 5))
 
   def add(self, labels: np.ndarray, nats: np.ndarray) -> None:
     """Counts cells: labels int32 (-1 for none) and cross-entropies, both [..., S]."""
-    for s in range(len(self.names)):
+    for s in range(len(self.streams)):
       label, cost = labels[..., s].ravel(), nats[..., s].ravel()
-      silent = label == self.silence_id
+      silent = label == self.streams.silence_id
       said = (label != HOLE) & ~silent
       self._sums[s] += (
         *(said.sum(), cost[said].sum(), self._bytes[label[said]].sum()),
@@ -35,11 +36,11 @@ class Tally:
       )
 
   def scores(self) -> Scores:
-    """Returns for each stream and for all: `tokens`, `loss_per_token` (nats), `bits_per_byte`
-    and `loss_on_silence` (nats a silent cell); 0 where there is no such cell."""
+    """Returns for each stream, and for all that are trained: `tokens`, `loss_per_token` (nats),
+    `bits_per_byte` and `loss_on_silence` (nats a silent cell); 0 where there is no such cell."""
     return {
-      "streams": dict(zip(self.names, map(_score, self._sums))),
-      "all": _score(self._sums.sum(0)),
+      "streams": dict(zip(self.streams.names, map(_score, self._sums))),
+      "all": _score(self._sums[self.streams.weights > 0].sum(0)),
     }
 
 
@@ -57,7 +58,7 @@ def _score(sums: np.ndarray) -> Score:
 def model_scores(learner: Learner, params: Params, source: Source, tokenizer: Tokenizer) -> Scores:
   """Scores a model on every held-out example."""
   streams = learner.streams
-  tally = Tally(streams.names, streams.silence_id, tokenizer)
+  tally = Tally(streams, tokenizer)
   entropy = jax.jit(learner.cell_entropy)
   t, d = learner.config.train, learner.config.data
   size = t.batch // t.micro_batches
@@ -76,7 +77,7 @@ def unigram_scores(learner: Learner, train: Source, valid: Source, tokenizer: To
     for s in range(len(streams)):
       counts[s] += np.bincount(tokens[tokens[:, s] != HOLE, s], minlength=tokenizer.vocab_size)
   nats = -np.log(counts / counts.sum(1, keepdims=True))
-  tally = Tally(streams.names, streams.silence_id, tokenizer)
+  tally = Tally(streams, tokenizer)
   for index in range(len(valid)):
     tokens = valid[index].tokens
     predicted = (tokens[:-1] != HOLE) & (tokens[1:] != HOLE)

@@ -48,6 +48,7 @@ class Stopped(RunError):
   """A signal asked the run to end; it is saved and goes on when started again."""
 
   exit_status = 42
+  kind = "stopped"
 
 
 def train(config: Config, workdir: WorkDir) -> Trained:
@@ -63,9 +64,9 @@ def train(config: Config, workdir: WorkDir) -> Trained:
   t = config.train
   if jax.process_count() > 1:
     raise InputError(f"{jax.process_count()} processes: training runs in one so far; start one")
+  made_before = workdir.path / "tokenizer.json" if workdir.steps_taken else None
+  data = data_lib.load(config, made_before)  # before anything is made in the work directory
   with workdir.lock():
-    made_before = workdir.path / "tokenizer.json" if workdir.steps_taken else None
-    data = data_lib.load(config, made_before)
     workdir.claim(config, data.streams, data.tokenizer, data.fingerprints)
     learner = Learner(config, data.streams, data.tokenizer.vocab_size)
     batches = pipeline.training_batches(
@@ -83,8 +84,9 @@ def train(config: Config, workdir: WorkDir) -> Trained:
       if start >= t.steps:
         logging.info("all %d steps are taken; more by a larger --config.train.steps", start)
       best = checkpoints.best_loss
+      trained = [s.name for s in data.streams.streams if s.weight]
       take_step = jax.jit(learner.step, donate_argnums=0)
-      with Metrics(workdir.metrics, start, t.steps, t.log_every, data.streams.names) as metrics:
+      with Metrics(workdir.metrics, start, t.steps, t.log_every, trained) as metrics:
         finish = functools.partial(_finish, metrics, data.train, checkpoints)
         running = None  # the step whose scalars have not been read yet
         for step in range(start + 1, t.steps + 1):
@@ -122,11 +124,11 @@ def train(config: Config, workdir: WorkDir) -> Trained:
           if stopping:
             logging.info("stopped by a signal: saving step %d", step)
             checkpoints.wait()
-            raise Stopped(f"stopped by a signal and saved at step {step}; run again to go on")
+            raise Stopped(f"by a signal, saved at step {step}; run again to go on")
         seconds = metrics.seconds
       checkpoints.wait()
       if stop.is_set():  # asked for while the last step was being saved
-        raise Stopped(f"stopped by a signal and saved at step {t.steps}; run again to go on")
+        raise Stopped(f"by a signal, saved at step {t.steps}; run again to go on")
   return Trained(learner, state.params, data, seconds)
 
 
@@ -228,7 +230,7 @@ def evaluate(learner: Learner, params: Params, source: Source) -> dict[str, floa
   for batch in itertools.islice(batches, limit):
     part = score(params, {k: v for k, v in batch.items() if k != "record"})
     sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
-  scores = summarize(sums, learner.streams, learner.config.loss)
+  scores = summarize(sums, learner.streams)
   return {name: float(value) for name, value in scores.items() if name != "cells"}
 
 

@@ -50,7 +50,6 @@ class Metrics:
       rich.progress.TextColumn("{task.description}"),
       rich.progress.BarColumn(),
       rich.progress.MofNCompleteColumn(),
-      rich.progress.TimeRemainingColumn(),
       console=rich.console.Console(stderr=True),
       disable=not sys.stderr.isatty(),
       transient=True,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from msjax.config import Config, LossConfig
+from msjax.config import Config
 from msjax.models.transformer import Transformer
 from msjax.streams import Streams
 from msjax.training.loss import Penalties, cross_entropy
@@ -91,7 +91,7 @@ class Learner:
     params = optax.apply_updates(state.params, updates)
     rate = schedule(self.config.optim, self.config.train.steps, self.config.optim.learning_rate)
     scalars = {
-      **summarize(sums, self.streams, self.config.loss),
+      **summarize(sums, self.streams),
       "gradient_norm": optax.tree.norm(gradients),
       "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
     }
@@ -151,7 +151,7 @@ def _sum(of_part, batch: Batch):
   return jax.lax.scan(add, zeros, (jnp.arange(count), batch))[0]
 
 
-def summarize(sums: dict[str, jax.Array], streams: Streams, config: LossConfig) -> Scalars:
+def summarize(sums: dict[str, jax.Array], streams: Streams) -> Scalars:
   """Turns sums into means: `loss` as trained on, `loss/NAME` per labelled cell of a stream,
   `spoken/NAME` per labelled cell that is no silence; in nats. Streams without such cells give 0.
   """
