@@ -29,6 +29,7 @@ LAYOUTS = ("stream", "folded")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 FORMAT_VERSION = 1
 MANIFEST = "msjax_manifest.json"
+_REMOTE_CODE = pathlib.Path(__file__).with_name("modeling_msjax.py")
 _VERIFIED_ROWS = 32
 
 
@@ -47,7 +48,8 @@ def export(
     model: what to export.
     target: a folder that does not exist.
     layout: `stream`: every family's own tensors and the stream embedding beside them, which loads
-      in transformers as a plain model too; `folded`: a plain model that speaks one stream.
+      in transformers as a plain model, and with `trust_remote_code` as one that has streams;
+      `folded`: a plain model that speaks one stream.
     stream: that of `folded`.
     dtype: of the tensors, `float32` or `bfloat16`.
     shard_bytes: of one file, at most; a tensor is never cut.
@@ -66,6 +68,8 @@ def export(
   try:
     _write_weights(params, temporary, DTYPES[dtype], shard_bytes)
     write_json(temporary / "config.json", hf)
+    if layout == "stream":
+      shutil.copyfile(_REMOTE_CODE, temporary / _REMOTE_CODE.name)
     write_json(temporary / "generation_config.json", {"eos_token_id": model.tokenizer.end_id})
     model.tokenizer.save(temporary / "tokenizer.json")
     write_json(temporary / "tokenizer_config.json", _tokenizer_config(model.tokenizer))
@@ -130,6 +134,8 @@ def _laid_out(model: Model, layout: str, stream: str | None) -> tuple[Params, di
   hf = to_hf(model.config.model, model.tokenizer.vocab_size)
   if layout == "stream":
     hf |= {"num_channels": len(model.streams), "channel_embedding_method": "additive"}
+    stream_class = f"{_REMOTE_CODE.stem}.Stream{hf['architectures'][0]}"
+    hf |= {"auto_map": {"AutoModelForCausalLM": stream_class}}
     return params, hf | {"msjax": model.streams.to_json()}
   if stream is None:
     raise InputError(f"stream: not given; layout folded speaks one of {model.streams.names}")
