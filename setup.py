@@ -20,7 +20,7 @@ CORE = [
   "tokenizers>=0.21",
 ]
 DEMO = ["chitchat-dataset>=0.9.0"]
-HUB = ["gguf>=0.17"]
+HUB = ["gguf>=0.17", "huggingface_hub>=0.30"]
 LINT = ["ruff>=0.8"]
 TEST = ["hypothesis>=6.100", "pytest>=8.0", "torch==2.13.0", "transformers>=4.57", *HUB, *LINT]
 

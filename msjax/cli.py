@@ -79,15 +79,15 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _log_plainly() -> None:
-  """Lines of a time and a message; of libraries only warnings, and no tracebacks of what they then
-  raise (Orbax logs one from each of its threads)."""
+  """Lines of a time and a message; of libraries only errors (Orbax warns of much that is in order),
+  and no tracebacks of what they then raise (it logs one from each of its threads)."""
   handler = logging.get_absl_handler()
   handler.setFormatter(std_logging.Formatter("%(asctime)s  %(message)s", "%H:%M:%S"))
   ours = os.path.dirname(__file__)
   handler.addFilter(
     lambda record: (
       record.pathname.startswith(ours)
-      or (record.levelno >= std_logging.WARNING and not record.exc_info)
+      or (record.levelno >= std_logging.ERROR and not record.exc_info)
     )
   )
 

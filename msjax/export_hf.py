@@ -11,13 +11,17 @@ from absl import flags, logging
 import msjax
 from msjax import cli
 from msjax.errors import InputError, RunError
-from msjax.hub.export import DTYPES, LAYOUTS, Verified, export, verify
+from msjax.hub.export import DTYPES, LAYOUTS, Verified, export, open_run, verify
+from msjax.workdir import WorkDir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a trained run")
 _STEP = flags.DEFINE_string("step", "latest", "checkpoint: steps taken, latest or best")
 _TO = flags.DEFINE_string("to", None, "folder to make")
 _LAYOUT = flags.DEFINE_enum(
-  "layout", "stream", LAYOUTS, "stream: with the stream embedding; folded: one stream, plain"
+  "layout",
+  "stream",
+  LAYOUTS,
+  "stream: with the stream embedding; folded: one stream, plain; reference: the official release's",
 )
 _STREAM = flags.DEFINE_string("stream", None, "the stream that a folded model speaks")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "of the tensors")
@@ -31,17 +35,20 @@ def main(_) -> None:
   for flag in (_WORKDIR, _TO):
     if not flag.value:
       raise InputError(f"--{flag.name}: not given; expected a directory")
-  model, target = msjax.load(_WORKDIR.value, step=_STEP.value), pathlib.Path(_TO.value).expanduser()
+  workdir, target = WorkDir(_WORKDIR.value), pathlib.Path(_TO.value).expanduser()
   export(
-    model,
+    open_run(workdir, _STEP.value),
     target,
     layout=_LAYOUT.value,
     stream=_STREAM.value,
     dtype=_DTYPE.value,
     shard_bytes=int(_SHARD_SIZE.value * 1e9),
+    files=workdir.hub_files(),
   )
   told = {"folder": str(target), "layout": _LAYOUT.value, "dtype": _DTYPE.value}
-  verified = verify(model, target, _STREAM.value) if _VERIFY.value else None
+  verified = None
+  if _VERIFY.value:
+    verified = verify(msjax.load(workdir.path, step=_STEP.value), target, _STREAM.value)
   if _JSON.value:
     print(json.dumps({**told, **(verified._asdict() if verified else {})}))
   else:

@@ -4,18 +4,19 @@ python -m msjax.import_hf --from=DIR --streams=user,think,output --to=WORKDIR
 """
 
 import json
-import pathlib
 
 import jax
 from absl import flags
 
 from msjax import cli
 from msjax.errors import InputError
-from msjax.hub.import_ import STREAM_INIT, import_checkpoint, read_checkpoint
+from msjax.hub.import_ import STREAM_INIT, fetched, import_checkpoint, read_checkpoint
 from msjax.streams import KINDS, SAME_ROW
 from msjax.workdir import WorkDir
 
-_FROM = flags.DEFINE_string("from", None, "folder with config.json, tokenizer.json, safetensors")
+_FROM = flags.DEFINE_string(
+  "from", None, "folder with config.json, tokenizer.json and safetensors; FILE.gguf; or a hub id"
+)
 _TO = flags.DEFINE_string("to", None, "work directory to make")
 _STREAMS = flags.DEFINE_list(
   "streams",
@@ -56,9 +57,9 @@ def main(_) -> None:
   """Imports, and prints what came in."""
   for flag in (_FROM, _TO):
     if not flag.value:
-      raise InputError(f"--{flag.name}: not given; expected a directory")
+      raise InputError(f"--{flag.name}: not given; expected {flag.help}")
   checkpoint = read_checkpoint(
-    pathlib.Path(_FROM.value).expanduser(),
+    fetched(_FROM.value),
     tuple(map(_spec, _STREAMS.value)) or None,
     same_row=_SAME_ROW.value,
     skip_silence=_SKIP_SILENCE.value,

@@ -286,8 +286,7 @@ def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
   """
   if hub.is_checkpoint(pathlib.Path(directory)):
     found = hub.read_checkpoint(pathlib.Path(directory))
-    params = jax.tree.map(jnp.asarray, found.params)
-    return Model(found.config, found.streams, found.tokenizer, params)
+    return Model(found.config, found.streams, found.tokenizer, found.params)
   directory = WorkDir(directory)
   config, streams, tokenizer = directory.config(), directory.streams(), directory.tokenizer()
   learner = Learner(config, streams, tokenizer.vocab_size)

@@ -17,7 +17,8 @@ from msjax.data.pipeline import SPLITS
 from msjax.errors import InputError
 from msjax.files import replacing
 from msjax.streams import Stream, Streams
-from msjax.text import tokenizer as tokenizer_lib
+from msjax.text import tokenizer_file
+from msjax.text.tokenizer import ByteTokenizer, Tokenizer
 
 _DEFAULT = Layout()
 
@@ -107,12 +108,12 @@ def main(_: list[str]) -> None:
       file.write(show.to_html(shown[0], tokenizer).encode())
 
 
-def _tokenizer() -> tokenizer_lib.Tokenizer:
+def _tokenizer() -> Tokenizer:
   if TOKENIZER.value:
-    return tokenizer_lib.load(TOKENIZER.value, SILENCE.value)
+    return tokenizer_file.load(TOKENIZER.value, SILENCE.value)
   if SILENCE.value:
     raise InputError("--silence: the built-in bytes have their own; expected --tokenizer beside it")
-  return tokenizer_lib.ByteTokenizer()
+  return ByteTokenizer()
 
 
 def _layout() -> Layout:

@@ -1,7 +1,7 @@
 """What lies in a run's work directory, and who may write there.
 
 config.json  streams.json  tokenizer.json  data.json  .lock
-checkpoints/  metrics.jsonl  tensorboard/  report.json  baseline/
+checkpoints/  metrics.jsonl  tensorboard/  report.json  baseline/  hub/
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from msjax.config import Config
 from msjax.errors import InputError
 from msjax.files import replacing
 from msjax.streams import Streams
-from msjax.text import tokenizer as tokenizers
+from msjax.text import tokenizer_file
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import saved_steps
 
@@ -122,6 +122,18 @@ class WorkDir:
     write_json(self.path / "streams.json", streams.to_json())
     write_json(self.path / "config.json", config.to_json())
 
+  def hub_files(self) -> dict[str, bytes]:
+    """What came along with the Hugging Face checkpoint that this model was made of, by name."""
+    folder = self.path / "hub"
+    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.is_dir() else {}
+
+  def write_hub_files(self, files: Mapping[str, bytes]) -> None:
+    """Keeps these files byte for byte, for an export."""
+    for name, content in files.items():
+      (self.path / "hub").mkdir(exist_ok=True)
+      with replacing(self.path / "hub" / name) as file:
+        file.write(content)
+
   def _check_same(self, config, streams, tokenizer, data) -> None:
     before, now = (_flat(c.to_json()) for c in (self.config(), config))
     for name in sorted(before | now):
@@ -167,7 +179,7 @@ class WorkDir:
 
   def tokenizer(self) -> Tokenizer:
     """Reads tokenizer.json; its silence token is the one in streams.json."""
-    return tokenizers.load(
+    return tokenizer_file.load(
       self.path / "tokenizer.json",
       silence=self.streams().silence_id,
       vocab_size=self.config().model.vocab_size,

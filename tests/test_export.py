@@ -16,7 +16,7 @@ from msjax.errors import InputError
 from msjax.hub.export import export, verify
 from msjax.hub.names import STREAM_EMBEDDING
 from msjax.model import Model
-from msjax.text.tokenizer import train_bpe
+from msjax.text.hf_tokenizer import train_bpe
 from msjax.training.checkpoint import save_params
 from msjax.training.state import Learner
 from msjax.workdir import WorkDir
@@ -133,7 +133,7 @@ def test_nothing_is_left_of_a_folder_that_cannot_be_written(tmp_path, monkeypatc
   def full(*_, **__):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr("msjax.hub.export.save_file", full)
+  monkeypatch.setattr("msjax.hub.export.write_safetensors", full)
   with pytest.raises(OSError, match="No space left"):
     export(model_of(), tmp_path / "out")
   assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ import msjax
 from msjax.errors import InputError
 from msjax.hub import gguf as ours
 from msjax.hub.import_ import read_checkpoint
-from msjax.text.tokenizer import HfTokenizer, train_bpe
+from msjax.text.hf_tokenizer import HfTokenizer, train_bpe
 
 BPE = json.loads(train_bpe(["to be - or not to be, 12 times 34"], 290).to_json())
 TOKENS = [*BPE["model"]["vocab"], "<|im_end|>"]

@@ -15,7 +15,7 @@ import msjax
 from msjax.decoding.generate import FREE, fill
 from msjax.hub.import_ import import_checkpoint, read_checkpoint
 from msjax.hub.names import STREAM_EMBEDDING
-from msjax.text.tokenizer import train_bpe
+from msjax.text.hf_tokenizer import train_bpe
 from msjax.training.state import Learner
 from msjax.workdir import WorkDir
 

@@ -16,7 +16,7 @@ import msjax
 from msjax.errors import InputError
 from msjax.hub.import_ import import_checkpoint, read_checkpoint
 from msjax.hub.names import STREAM_EMBEDDING
-from msjax.text.tokenizer import train_bpe
+from msjax.text.hf_tokenizer import train_bpe
 from msjax.training.loop import train
 from msjax.workdir import WorkDir
 

@@ -9,7 +9,7 @@ from msjax.data import chitchat, load
 from msjax.data.formats import Conversation, Message
 from msjax.data.layout import Layout
 from msjax.errors import InputError, RecordError
-from msjax.text import tokenizer as tokenizers
+from msjax.text.hf_tokenizer import train_bpe
 
 CHAT = {
   "messages": [
@@ -145,7 +145,7 @@ def test_bpe_is_trained_on_the_training_text_alone(tmp_path):
 
 def test_bpe_made_before_is_taken_again(tmp_path):
   path = file_of(tmp_path, CHAT)
-  before = tokenizers.train_bpe(["something else entirely"] * 9, 300)
+  before = train_bpe(["something else entirely"] * 9, 300)
   before.save(tmp_path / "tokenizer.json")
   again = load.load(config_of(path, tokenizer="bpe:300"), made_before=tmp_path / "tokenizer.json")
   assert again.tokenizer.to_json() == before.to_json()
@@ -154,7 +154,7 @@ def test_bpe_made_before_is_taken_again(tmp_path):
 
 
 def test_a_tokenizer_file_is_read_with_the_silence_that_was_asked_for(tmp_path):
-  tokenizers.train_bpe(["a bit of text"], 300).save(tmp_path / "tokenizer.json")
+  train_bpe(["a bit of text"], 300).save(tmp_path / "tokenizer.json")
   path = file_of(tmp_path, CHAT)
   data = load.load(config_of(path, tokenizer=str(tmp_path), silence="<pad>"))
   assert data.tokenizer.name(data.streams.silence_id) == "<pad>"

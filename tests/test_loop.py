@@ -14,7 +14,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from msjax.data import load
 from msjax.errors import InputError, RunError
-from msjax.text.tokenizer import train_bpe
+from msjax.text.hf_tokenizer import train_bpe
 from msjax.training import loop
 from msjax.training.checkpoint import Checkpoints, load_params
 from msjax.training.loop import Stopped, train

@@ -16,7 +16,7 @@ from msjax.hub.export import export
 from msjax.hub.names import STREAM_EMBEDDING
 from msjax.model import Model
 from msjax.streams import HOLE, SAME_ROW
-from msjax.text.tokenizer import train_bpe
+from msjax.text.hf_tokenizer import train_bpe
 from msjax.training.state import Learner
 
 BPE = train_bpe(["to be - or not to be"], 300)

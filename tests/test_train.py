@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from msjax.errors import InputError
-from msjax.text import tokenizer as tokenizers
+from msjax.text import tokenizer_file
+from msjax.text.tokenizer import ByteTokenizer
 from msjax.training.checkpoint import load_params
 from msjax.workdir import WorkDir
 
@@ -269,7 +270,7 @@ def test_a_run_is_stopped_goes_on_and_reports(place):
   step = int(step)
   assert saved()[0][-1] == step == metrics()[-1]["step"]
   tokenizer = (place / "run" / "tokenizer.json").read_bytes()
-  assert tokenizers.load("run").vocab_size <= 300
+  assert tokenizer_file.load("run").vocab_size <= 300
 
   done = command(f"--config.train.steps={step + 20}", config="chats.py")
   assert (done.returncode, complaints(done.stderr)) == (0, [])
@@ -471,7 +472,7 @@ def answers(tmp_path_factory):
     for name, (records, _, _) in WRONG_FILES.items():
       write(path / f"{name.replace(' ', '_')}.jsonl", *records)
     config = runpy.run_path("run.py")["get_config"]()
-    tokenizer = tokenizers.ByteTokenizer()
+    tokenizer = ByteTokenizer()
     with WorkDir("taken").lock():
       WorkDir("taken").claim(config, config.stream_set(tokenizer.silence_id), tokenizer, {})
     (path / "taken" / "metrics.jsonl").write_text("{}\n")

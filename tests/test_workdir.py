@@ -8,10 +8,11 @@ import pytest
 
 from msjax.config import Config, DataConfig, ModelConfig, RopeScaling, TrainConfig
 from msjax.errors import InputError
-from msjax.text import tokenizer as tokenizers
+from msjax.text.hf_tokenizer import HfTokenizer, train_bpe
+from msjax.text.tokenizer import ByteTokenizer
 from msjax.workdir import WorkDir, write_json
 
-BYTES = tokenizers.ByteTokenizer()
+BYTES = ByteTokenizer()
 CONFIG = Config(
   model=ModelConfig(rope_scaling=RopeScaling(factor=4.0)),
   data=DataConfig(train="train.jsonl"),
@@ -128,7 +129,7 @@ def test_data_of_another_version_is_told(workdir):
 
 def test_a_tokenizer_or_streams_that_changed_under_the_same_name_are_refused(workdir):
   with pytest.raises(InputError, match=r"streams.json or tokenizer.json is not this run's"):
-    claim(workdir, tokenizer=tokenizers.ByteTokenizer(added=("+3",)))
+    claim(workdir, tokenizer=ByteTokenizer(added=("+3",)))
   with pytest.raises(InputError, match=r"streams.json or tokenizer.json is not this run's"):
     claim(workdir, streams=CONFIG.stream_set(silence_id=7))
 
@@ -144,8 +145,8 @@ def test_data_that_changed_is_refused(workdir, data):
 
 
 def test_the_silence_that_was_chosen_comes_back_with_the_tokenizer(tmp_path):
-  bpe = tokenizers.train_bpe(["a bit of text"], 300)
-  chosen = tokenizers.HfTokenizer(bpe.to_json(), silence="<pad>")
+  bpe = train_bpe(["a bit of text"], 300)
+  chosen = HfTokenizer(bpe.to_json(), silence="<pad>")
   workdir = WorkDir(tmp_path)
   claim(workdir, tokenizer=chosen)
   assert workdir.tokenizer().silence_id == chosen.silence_id != bpe.silence_id

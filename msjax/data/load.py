@@ -14,8 +14,9 @@ from msjax.data.pipeline import SPLITS, OneStream, Source
 from msjax.data.source import Example, JsonlSource, RecordSource
 from msjax.errors import InputError
 from msjax.streams import Streams
-from msjax.text import tokenizer as tokenizers
-from msjax.text.tokenizer import Tokenizer
+from msjax.text import tokenizer_file
+from msjax.text.hf_tokenizer import train_bpe
+from msjax.text.tokenizer import ByteTokenizer, Tokenizer
 
 
 class Data(NamedTuple):
@@ -115,9 +116,9 @@ def _sources(config: Config, streams: Streams, tokenizer: Tokenizer) -> list[Sou
 def _tokenizer(config: Config, made_before: pathlib.Path | None) -> Tokenizer:
   spec = config.data.tokenizer
   if spec == "bytes":
-    return tokenizers.ByteTokenizer()
+    return ByteTokenizer()
   if not spec.startswith("bpe:"):
-    return tokenizers.load(
+    return tokenizer_file.load(
       spec, silence=config.data.silence or None, vocab_size=config.model.vocab_size
     )
   size = spec.removeprefix("bpe:")
@@ -126,9 +127,9 @@ def _tokenizer(config: Config, made_before: pathlib.Path | None) -> Tokenizer:
       f"config.data.tokenizer: {spec!r}; expected bpe:SIZE, SIZE 300 or more, as in bpe:4096"
     )
   if made_before is not None and made_before.exists():
-    return tokenizers.load(made_before)
+    return tokenizer_file.load(made_before)
   logging.info("training a BPE tokenizer of %s tokens on the training text", size)
-  return tokenizers.train_bpe(_texts(_training_records(config)), int(size))
+  return train_bpe(_texts(_training_records(config)), int(size))
 
 
 def _training_records(config: Config) -> Iterable[Record]:

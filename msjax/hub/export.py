@@ -1,78 +1,115 @@
-"""A trained run becomes a Hugging Face folder."""
+"""A trained run becomes a Hugging Face folder, one tensor in memory at a time."""
 
+import functools
 import hashlib
+import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+import tokenizers
 
 import msjax
+from msjax.config import Config
 from msjax.errors import InputError
+from msjax.hub import card
 from msjax.hub.config import to_hf
 from msjax.hub.import_ import read_checkpoint
-from msjax.hub.names import Tensor, part_of, tensors
-from msjax.hub.weights import INDEX
+from msjax.hub.names import EMBEDDING, HEAD, STREAM_EMBEDDING, part_of, tensors
+from msjax.hub.weights import INDEX, Part, write_safetensors
 from msjax.model import Model
-from msjax.streams import HOLE
+from msjax.streams import HOLE, Streams
+from msjax.text.hf_tokenizer import HfTokenizer, release_silence
 from msjax.text.tokenizer import Tokenizer
+from msjax.training.checkpoint import open_params
 from msjax.training.state import Params
-from msjax.workdir import write_json
+from msjax.workdir import WorkDir, write_json
 
-LAYOUTS = ("stream", "folded")
+LAYOUTS = ("stream", "folded", "reference")
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 FORMAT_VERSION = 1
 MANIFEST = "msjax_manifest.json"
 _REMOTE_CODE = pathlib.Path(__file__).with_name("modeling_msjax.py")
+_KEPT = (
+  "max_position_embeddings",
+  "bos_token_id",
+  "initializer_range",
+)  # of a source's config.json
 _VERIFIED_ROWS = 32
 
 
+class Exportable(Protocol):
+  """A run: a `Model`, or a `Run` whose parameters still lie on disk."""
+
+  config: Config
+  streams: Streams
+  tokenizer: Tokenizer
+  params: Params
+
+
+class Run(NamedTuple):
+  """What `open_run` returns."""
+
+  config: Config
+  streams: Streams
+  tokenizer: Tokenizer
+  params: Params
+
+
+def open_run(workdir: WorkDir, step: int | str = "latest") -> Run:
+  """Opens a run; its parameters are read as they are asked for."""
+  params = open_params(workdir.checkpoints, step)
+  return Run(workdir.config(), workdir.streams(), workdir.tokenizer(), params)
+
+
 def export(
-  model: Model,
+  run: Exportable,
   target: pathlib.Path,
   *,
   layout: str = "stream",
   stream: str | None = None,
   dtype: str = "bfloat16",
   shard_bytes: int = 5 * 10**9,
+  files: Mapping[str, bytes] = types.MappingProxyType({}),
 ) -> None:
   """Writes a folder; it gets its name when all of it is written.
 
   Args:
-    model: what to export.
+    run: what to export.
     target: a folder that does not exist.
     layout: `stream`: every family's own tensors and the stream embedding beside them, which loads
       in transformers as a plain model, and with `trust_remote_code` as one that has streams;
-      `folded`: a plain model that speaks one stream.
+      `folded`: a plain model that speaks one stream; `reference`: what the official release loads.
     stream: that of `folded`.
     dtype: of the tensors, `float32` or `bfloat16`.
     shard_bytes: of one file, at most; a tensor is never cut.
+    files: what lay beside the tensors that the run was made of, by name; kept as it was.
 
   Raises:
-    InputError: the target exists, or no family computes this model.
+    InputError: the target exists, no family computes this model, or the official release does not.
     OSError: the folder cannot be written; nothing is left of it.
   """
   if target.exists():
     raise InputError(f"{target}: exists; expected the name of a folder to make")
-  params, hf = _laid_out(model, layout, stream)
-  hf |= {"dtype": dtype, "torch_dtype": dtype, "eos_token_id": model.tokenizer.end_id}
-  hf |= {"pad_token_id": model.tokenizer.pad_id}
+  parts, hf = _parts(run, layout, stream), _config(run, layout, files)
   temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
   temporary.mkdir(parents=True)
   try:
-    _write_weights(params, temporary, DTYPES[dtype], shard_bytes)
-    write_json(temporary / "config.json", hf)
+    _write_weights(parts, temporary, DTYPES[dtype], shard_bytes)
+    write_json(temporary / "config.json", hf | {"dtype": dtype, "torch_dtype": dtype})
+    write_json(temporary / "generation_config.json", _generation(run.tokenizer, files))
+    for name, content in _tokenizer_files(run.tokenizer, files).items():
+      (temporary / name).write_bytes(content)
     if layout == "stream":
       shutil.copyfile(_REMOTE_CODE, temporary / _REMOTE_CODE.name)
-    write_json(temporary / "generation_config.json", {"eos_token_id": model.tokenizer.end_id})
-    model.tokenizer.save(temporary / "tokenizer.json")
-    write_json(temporary / "tokenizer_config.json", _tokenizer_config(model.tokenizer))
+    (temporary / "README.md").write_text(_card(run, layout, stream, files), encoding="utf-8")
     write_json(temporary / MANIFEST, _manifest(temporary, layout, dtype))
     os.rename(temporary, target)
   except BaseException:
@@ -108,17 +145,24 @@ def verify(model: Model, folder: pathlib.Path, stream: str | None = None) -> Ver
     folder: from `export`.
     stream: of a folded export: rows have tokens in this stream alone.
   """
-  again = read_checkpoint(folder)
   tokens = np.random.default_rng(0).integers(
     0, model.tokenizer.vocab_size, (2, _VERIFIED_ROWS, len(model.streams))
   )
-  columns = slice(None)
+  columns, specs = slice(None), [str(s) for s in model.streams.streams]
   if stream is not None:
     columns = [model.streams.id(stream)]
+    specs = [specs[columns[0]]]
     tokens[:, :, np.arange(len(model.streams)) != columns[0]] = HOLE
   ours = model.logits(tokens)[:, :, columns]
-  params = jax.tree.map(jnp.asarray, again.params)
-  theirs = Model(again.config, again.streams, again.tokenizer, params).logits(tokens[:, :, columns])
+  again = read_checkpoint(
+    folder,
+    tuple(specs),
+    same_row=model.streams.same_row,
+    skip_silence=model.streams.skip_silence,
+    silence=model.streams.silence_id,
+  )
+  theirs = Model(again.config, again.streams, again.tokenizer, again.params)
+  theirs = theirs.logits(tokens[:, :, columns])
   ours_log, theirs_log = jax.nn.log_softmax(ours), jax.nn.log_softmax(theirs)
   return Verified(
     cells=ours[..., 0].size,
@@ -128,57 +172,129 @@ def verify(model: Model, folder: pathlib.Path, stream: str | None = None) -> Ver
   )
 
 
-def _laid_out(model: Model, layout: str, stream: str | None) -> tuple[Params, dict[str, Any]]:
-  """Returns the parameters as NumPy's, and config.json."""
-  params = jax.tree.map(np.asarray, model.params)
-  hf = to_hf(model.config.model, model.tokenizer.vocab_size)
-  if layout == "stream":
-    hf |= {"num_channels": len(model.streams), "channel_embedding_method": "additive"}
-    stream_class = f"{_REMOTE_CODE.stem}.Stream{hf['architectures'][0]}"
-    hf |= {"auto_map": {"AutoModelForCausalLM": stream_class}}
-    return params, hf | {"msjax": model.streams.to_json()}
-  if stream is None:
-    raise InputError(f"stream: not given; layout folded speaks one of {model.streams.names}")
-  s = model.streams.id(stream)
-  params = {"head": params["embed"], **params}  # a tied head is the embedding before folding
-  params["embed"] = params["embed"] + params.pop("stream_embed")[s]
-  return params, hf | {"tie_word_embeddings": False}
-
-
-def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-  """The class is one that every version of transformers knows."""
-  return {
-    "tokenizer_class": "PreTrainedTokenizerFast",
-    "eos_token": tokenizer.name(tokenizer.end_id),
-    "pad_token": tokenizer.name(tokenizer.pad_id),
+def _parts(run: Exportable, layout: str, stream: str | None) -> list[Part]:
+  """The tensors of a layout, by name."""
+  parts = {
+    t.name: Part(t.name, t.shape, functools.partial(_tensor, run.params, t))
+    for t in tensors(run.params)
   }
+  if layout == "folded":
+    if stream is None:
+      names = ", ".join(run.streams.names)
+      raise InputError(f"stream: not given; layout folded speaks one of {names}")
+    row = np.asarray(run.params["stream_embed"][run.streams.id(stream)])
+    embed = parts[EMBEDDING]
+    parts.setdefault(HEAD, embed._replace(name=HEAD))  # a tied head is not folded into
+    parts[EMBEDDING] = embed._replace(read=lambda: embed.read() + row)
+    del parts[STREAM_EMBEDDING]
+  if layout == "reference":  # the release has a norm there whatever it computes
+    for i in range(run.config.model.layers):
+      name, D = f"model.layers.{i}.self_attn.gate_in_norm.weight", run.config.model.dim
+      parts[name] = Part(name, (D,), lambda D=D: np.ones(D, np.float32))
+  return sorted(parts.values(), key=lambda part: part.name)
 
 
-def _write_weights(params: Params, folder: pathlib.Path, dtype: np.dtype, shard_bytes: int) -> None:
-  """Writes shards and their index; holds one shard at a time."""
-  shards = list(_shards(params, dtype, shard_bytes))
+def _tensor(params: Params, tensor) -> np.ndarray:
+  return tensor.to_hf(part_of(params, tensor))
+
+
+def _config(run: Exportable, layout: str, files: Mapping[str, bytes]) -> dict[str, Any]:
+  """config.json, but for the dtype."""
+  source = json.loads(files.get("config.json", b"{}"))
+  hf = to_hf(run.config.model, run.tokenizer.vocab_size)
+  hf |= {name: source[name] for name in _KEPT if source.get(name) is not None}
+  hf |= {"eos_token_id": run.tokenizer.end_id, "pad_token_id": run.tokenizer.pad_id}
+  if layout == "folded":
+    return hf | {"tie_word_embeddings": False}
+  hf |= {"num_channels": len(run.streams), "channel_embedding_method": "additive"}
+  hf |= {"msjax": run.streams.to_json()}
+  if layout == "reference":
+    _check_reference(run, hf["model_type"])
+    return hf | {"role_gating_enabled": False, "medusa_num_heads": 0, "medusa_num_layers": 0}
+  stream_class = f"{_REMOTE_CODE.stem}.Stream{hf['architectures'][0]}"
+  return hf | {"auto_map": {"AutoModelForCausalLM": stream_class}}
+
+
+def _check_reference(run: Exportable, family: str) -> None:
+  """Raises where the official release would load the folder and compute something else."""
+  if family != "qwen3":
+    raise InputError(f"layout reference: a {family} model; the official release loads qwen3 only")
+  silence, tokenizer = run.tokenizer.silence_id, run.tokenizer
+  is_hf = isinstance(tokenizer, HfTokenizer)
+  if not is_hf or release_silence(tokenizers.Tokenizer.from_str(tokenizer.to_json())) != silence:
+    raise InputError(
+      f"layout reference: silence is {tokenizer.name(silence)!r}, but the official release takes "
+      "the first token of ' -' or '-'; expected a model trained with that"
+    )
+
+
+def _generation(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> dict[str, Any]:
+  """generation_config.json: the source's, and what ended messages in training ends a text."""
+  source = json.loads(files.get("generation_config.json", b"{}"))
+  before = source.get("eos_token_id", [])
+  ends = dict.fromkeys([tokenizer.end_id, *(before if isinstance(before, list) else [before])])
+  return {**source, "eos_token_id": list(ends), "pad_token_id": tokenizer.pad_id}
+
+
+def _tokenizer_files(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> dict[str, bytes]:
+  """The tokenizer's files: the source's byte for byte; the chat template wherever it is sought."""
+  others = ("README.md", "config.json", "generation_config.json")
+  kept = {name: content for name, content in files.items() if name not in others}
+  kept["tokenizer.json"] = tokenizer.to_json().encode()
+  config = json.loads(kept.get("tokenizer_config.json", b"{}"))
+  template = kept.get("chat_template.jinja", b"").decode() or config.get("chat_template")
+  changed = {}
+  if config.get("tokenizer_class", "TokenizersBackend") == "TokenizersBackend":
+    changed["tokenizer_class"] = "PreTrainedTokenizerFast"  # which every version knows
+  if not config:
+    changed["eos_token"] = tokenizer.name(tokenizer.end_id)
+    changed["pad_token"] = tokenizer.name(tokenizer.pad_id)
+  if isinstance(template, str):
+    kept["chat_template.jinja"] = template.encode()
+    if config.get("chat_template") != template:
+      changed["chat_template"] = template
+  if changed:
+    kept["tokenizer_config.json"] = json.dumps({**config, **changed}, indent=2).encode()
+  return kept
+
+
+def _card(run: Exportable, layout: str, stream: str | None, files: Mapping[str, bytes]) -> str:
+  reading = [*run.streams.of_kind("input"), 0][0]
+  training = run.config.to_json()
+  return card.write(
+    card.license_of(files.get("README.md", b"")),
+    layout,
+    run.streams,
+    stream or run.streams.names[reading],
+    {name: training[name] for name in ("same_row", "skip_silence", "loss", "optim", "train")},
+  )
+
+
+def _write_weights(
+  parts: Sequence[Part], folder: pathlib.Path, dtype: np.dtype, shard_bytes: int
+) -> None:
+  """Writes shards and their index."""
+  shards = list(_shards(parts, dtype, shard_bytes))
   where: dict[str, str] = {}
   for i, shard in enumerate(shards):
     file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-    arrays = {t.name: np.ascontiguousarray(t.to_hf(part_of(params, t)), dtype) for t in shard}
-    save_file(arrays, folder / file, metadata={"format": "pt"})
-    where |= dict.fromkeys(arrays, file)
-  total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  metadata = {"total_size": total * dtype.itemsize, "total_parameters": total}
-  write_json(folder / INDEX, {"metadata": metadata, "weight_map": dict(sorted(where.items()))})
+    write_safetensors(folder / file, shard, dtype)
+    where |= dict.fromkeys((part.name for part in shard), file)
+  total = sum(part.nbytes(dtype) for part in parts)
+  metadata = {"total_size": total, "total_parameters": total // dtype.itemsize}
+  write_json(folder / INDEX, {"metadata": metadata, "weight_map": where})
 
 
-def _shards(params: Params, dtype: np.dtype, limit: int) -> Iterator[list[Tensor]]:
-  """Deals tensors out by name, each shard as large as it may be."""
-  shard: list[Tensor] = []
+def _shards(parts: Sequence[Part], dtype: np.dtype, limit: int) -> Iterator[list[Part]]:
+  """Deals tensors out in their order, each shard as large as it may be."""
+  shard: list[Part] = []
   size = 0
-  for tensor in sorted(tensors(params), key=lambda t: t.name):
-    bytes_ = int(np.prod(tensor.shape)) * dtype.itemsize
-    if shard and size + bytes_ > limit:
+  for part in parts:
+    if shard and size + part.nbytes(dtype) > limit:
       yield shard
       shard, size = [], 0
-    shard.append(tensor)
-    size += bytes_
+    shard.append(part)
+    size += part.nbytes(dtype)
   yield shard
 
 

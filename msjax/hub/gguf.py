@@ -1,5 +1,6 @@
 """A GGUF file as what a Hugging Face folder holds: config.json, tensors, tokenizer.json."""
 
+import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -34,6 +35,7 @@ _CONFIG = {
   "rms_norm_eps": "attention.layer_norm_rms_epsilon",
   "head_dim": "attention.key_length",
   "rope_theta": "rope.freq_base",
+  "max_position_embeddings": "context_length",
 }
 _CONTROL, _USER_DEFINED = 3, 4  # tokenizer.ggml.token_type
 
@@ -121,6 +123,31 @@ class Gguf(Mapping[str, np.ndarray]):
       "vocab_size": len(self._field("tokenizer.ggml.tokens")),
       "tie_word_embeddings": "lm_head.weight" not in self._tensors,
       "attention_bias": "model.layers.0.self_attn.o_proj.bias" in self._tensors,
+    }
+
+  def side_files(self) -> dict[str, bytes]:
+    """Returns what would lie beside the tensors of a folder, as far as the file knows it."""
+    tokens = self._field("tokenizer.ggml.tokens")
+    special = {
+      name: self._field(f"tokenizer.ggml.{key}_token_id", None)
+      for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+    }
+    special = {name: int(id) for name, id in special.items() if id is not None}
+    tokenizer = {
+      "tokenizer_class": "PreTrainedTokenizerFast",
+      **{f"{name}_token": tokens[id] for name, id in special.items()},
+      "chat_template": self._field("tokenizer.chat_template", None),
+    }
+    ids = {f"{name}_token_id": id for name, id in special.items() if name != "unk"}
+    license_ = self._field("general.license", None)
+    card = f"---\nlicense: {license_}\n---\n" if license_ else ""
+    written = lambda data: json.dumps(data, indent=2).encode()
+    return {
+      "README.md": card.encode(),
+      "config.json": written({**self.config(), **ids}),
+      "generation_config.json": written(ids),
+      "tokenizer.json": self.tokenizer_json().encode(),
+      "tokenizer_config.json": written({k: v for k, v in tokenizer.items() if v is not None}),
     }
 
   def tokenizer_json(self) -> str:

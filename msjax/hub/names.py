@@ -5,6 +5,7 @@ axes of their own, and stacks the layers.
 """
 
 import functools
+import itertools
 import math
 import operator
 from collections.abc import Iterator, Mapping
@@ -16,13 +17,14 @@ import numpy as np
 from msjax.errors import InputError
 from msjax.training.state import Params
 
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 STREAM_EMBEDDING = "model.channel_embedding.weight"  # as the official release calls it
 
 _OUTER = {
-  "embed": "model.embed_tokens.weight",
+  "embed": EMBEDDING,
   "stream_embed": STREAM_EMBEDDING,
   "norm": "model.norm.weight",
-  "head": "lm_head.weight",
+  "head": HEAD,
 }
 _LAYER = {
   "attention_norm": "input_layernorm.weight",
@@ -69,12 +71,12 @@ class Tensor(NamedTuple):
 
 
 def tensors(params: Params) -> Iterator[Tensor]:
-  """Yields every tensor of a model with these parameters (arrays or their shapes), in their order;
+  """Yields every tensor of a model with these parameters (whatever has a shape), in their order;
   the layers of a parameter follow one another."""
   for keys, leaf in jax.tree_util.tree_leaves_with_path(params):
     path = tuple(key.key for key in keys)
     if path[0] != "layers":
-      yield Tensor(_OUTER[path[-1]], leaf.shape, path, None, leaf.shape)
+      yield Tensor(_OUTER[path[-1]], tuple(leaf.shape), path, None, tuple(leaf.shape))
       continue
     layers, *part = leaf.shape
     shape = _layer_shape(path[-1], tuple(part))
@@ -91,23 +93,66 @@ def _layer_shape(name: str, part: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read_params(weights: Mapping[str, np.ndarray], like: Params) -> Params:
-  """Returns float32 parameters shaped as `like`; holds one tensor of `weights` at a time.
+  """Reads float32 parameters straight into their shards.
+
+  Holds one tensor of `weights` at a time beside the parameters themselves, and reads none that no
+  device of this process has a part of.
+
+  Args:
+    weights: tensors by their names at Hugging Face.
+    like: `jax.ShapeDtypeStruct`s with shardings.
 
   Raises:
     InputError: a tensor is missing or has another shape.
   """
-  params = jax.tree.map(lambda x: np.empty(x.shape, np.float32), like)
-  for tensor in tensors(like):
-    found = weights.get(tensor.name)
-    if found is None:
-      raise InputError(f"{weights}: {tensor.name} is missing; expected shape {tensor.shape}")
-    if found.shape != tensor.shape:
-      raise InputError(f"{weights}: {tensor.name}: shape {found.shape}; expected {tensor.shape}")
-    part_of(params, tensor)[...] = tensor.to_msjax(found)
-  return params
+  parts = itertools.groupby(tensors(like), key=lambda tensor: tensor.path)
+  leaves = [_read(weights, leaf, list(p)) for leaf, (_, p) in zip(jax.tree.leaves(like), parts)]
+  return jax.tree.unflatten(jax.tree.structure(like), leaves)
+
+
+def _read(weights, leaf: jax.ShapeDtypeStruct, parts: list[Tensor]) -> jax.Array:
+  """One parameter, all its layers."""
+  bounds = {
+    device: tuple(part.indices(size)[:2] for part, size in zip(index, leaf.shape))
+    for device, index in leaf.sharding.addressable_devices_indices_map(leaf.shape).items()
+  }
+  shards = {b: _aligned(tuple(stop - start for start, stop in b)) for b in bounds.values()}
+  for tensor in parts:
+    places = [place for b, shard in shards.items() if (place := _place(b, shard, tensor))]
+    found = tensor.to_msjax(_checked(weights, tensor)) if places else None
+    for shard, index in places:
+      shard[...] = found[index]
+  arrays = [jax.device_put(shards[b], device) for device, b in bounds.items()]
+  return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
+
+
+def _place(bounds, shard: np.ndarray, tensor: Tensor) -> tuple[np.ndarray, tuple] | None:
+  """Where in a shard a tensor goes, and which part of it; None if none does."""
+  index = tuple(slice(start, stop) for start, stop in bounds)
+  if tensor.layer is None:
+    return shard, index
+  first, end = bounds[0]
+  return (shard[tensor.layer - first], index[1:]) if first <= tensor.layer < end else None
+
+
+def _checked(weights: Mapping[str, np.ndarray], tensor: Tensor) -> np.ndarray:
+  found = weights.get(tensor.name)
+  if found is None:
+    raise InputError(f"{weights}: {tensor.name} is missing; expected shape {tensor.shape}")
+  if found.shape != tensor.shape:
+    raise InputError(f"{weights}: {tensor.name}: shape {found.shape}; expected {tensor.shape}")
+  return found
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+  """An array where the CPU backend likes it, which then takes it without a copy."""
+  count = math.prod(shape) * 4
+  raw = np.empty(count + 64, np.uint8)
+  start = -raw.ctypes.data % 64
+  return raw[start : start + count].view(np.float32).reshape(shape)
 
 
 def part_of(params: Params, tensor: Tensor) -> np.ndarray:
-  """Returns the parameter that a tensor holds, or its layer: a view of NumPy's arrays."""
+  """Reads the parameter that a tensor holds, or its layer."""
   leaf = functools.reduce(operator.getitem, tensor.path, params)
-  return leaf[...] if tensor.layer is None else leaf[tensor.layer]
+  return np.asarray(leaf if tensor.layer is None else leaf[tensor.layer])

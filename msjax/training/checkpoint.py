@@ -4,10 +4,12 @@ A checkpoint appears under its step number only when it is whole (Orbax writes t
 and renames), so whatever kills a run, the last one that stands is good.
 """
 
+import functools
 import pathlib
 from typing import Any
 
 import jax
+import tensorstore
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
@@ -15,6 +17,7 @@ from msjax.errors import InputError, RunError
 from msjax.training.state import Params, TrainState
 
 _policies = ocp.training.preservation_policies
+_CHUNK_BYTES = 2**26
 
 
 class Checkpoints:
@@ -33,6 +36,7 @@ class Checkpoints:
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
       preservation_policy=_policies.AnyPreservationPolicy([_policies.LatestN(keep), best]),
       cleanup_tmp_directories=True,
+      context=_by_layers(),
     )
     self._writing = None
 
@@ -106,7 +110,7 @@ class Checkpoints:
       abstract: `jax.ShapeDtypeStruct`s of the state.
       data: a fresh iterator over the same data.
     """
-    abstract = _placed(abstract)
+    abstract = placed(abstract)
     restored = self._checkpointer.load_checkpointables(
       None,
       {
@@ -121,8 +125,11 @@ class Checkpoints:
 
 def save_params(directory: pathlib.Path, params: Params) -> None:
   """Writes parameters alone, as the checkpoint of step 0: what no step has made."""
+  context = _by_layers()
+  context.array.saving.use_ocdbt = False  # whose one transaction would hold all of them
   try:
-    ocp.save_checkpointables((directory / "0").absolute(), {"params": params})
+    with context:
+      ocp.save_checkpointables((directory / "0").absolute(), {"params": params})
   except OSError as error:
     raise RunError(f"{directory}: cannot be written: {error.strerror or error}") from error
 
@@ -141,7 +148,42 @@ def load_params(
   logging.info("reading parameters from %s", path)
   if abstract is None:
     abstract = ocp.metadata(path, "params").metadata
-  return ocp.load_checkpointables(path, {"params": _placed(abstract)})["params"]
+  return ocp.load_checkpointables(path, {"params": placed(abstract)})["params"]
+
+
+def open_params(directory: pathlib.Path, step: int | str = "latest") -> Params:
+  """Opens the parameters of a checkpoint: TensorStores, which read what is indexed of them.
+
+  Args:
+    directory: `WORKDIR/checkpoints`.
+    step: as for `load_params`.
+  """
+  path = (directory / str(_chosen(directory, step))).absolute()
+  store = {"driver": "file", "path": f"{path / 'params'}/"}
+  if (path / "params" / "manifest.ocdbt").exists():
+    store = {"driver": "ocdbt", "base": store}
+
+  def opened(keys, _) -> tensorstore.TensorStore:
+    name = ".".join(key.key for key in keys)
+    spec = {"driver": "zarr3", "kvstore": {**store, "path": f"{store.get('path', '')}{name}/"}}
+    return tensorstore.open(spec).result()
+
+  return jax.tree_util.tree_map_with_path(opened, ocp.metadata(path, "params").metadata)
+
+
+def _by_layers() -> ocp.Context:
+  """How arrays are cut on disk: so that one layer can be read without the others."""
+  options = functools.partial(
+    ocp.options.ArrayOptions.Saving.StorageOptions, chunk_byte_size=_CHUNK_BYTES
+  )
+
+  def cut(keys, array):
+    of_layers = "layers" in (getattr(key, "key", None) for key in keys) and array.ndim > 1
+    return options(shard_axes=(0,) if of_layers else None)
+
+  context = ocp.Context()
+  context.array.saving.scoped_storage_options_creator = cut
+  return context
 
 
 def _chosen(directory: pathlib.Path, step: int | str) -> int:
@@ -175,8 +217,8 @@ def default_device() -> jax.sharding.Sharding:
   return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def _placed(abstract: Any) -> Any:
-  """Says where each array is to lie."""
+def placed(abstract: Any) -> Any:
+  """Says of `jax.ShapeDtypeStruct`s where each array is to lie."""
   place = default_device()
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
 

@@ -68,6 +68,8 @@ def train(config: Config, workdir: WorkDir) -> Trained:
   data = data_lib.load(config, made_before)  # before anything is made in the work directory
   with workdir.lock():
     workdir.claim(config, data.streams, data.tokenizer, data.fingerprints)
+    if config.init_from:
+      workdir.write_hub_files(WorkDir(config.init_from).hub_files())
     learner = Learner(config, data.streams, data.tokenizer.vocab_size)
     batches = pipeline.training_batches(
       data.train,

@@ -1,0 +1,79 @@
+"""The model card of an export: what it is, how it is used, what it was trained with."""
+
+import json
+from typing import Any
+
+from msjax.streams import Streams
+
+_USE = {
+  "stream": """
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
+rows = model.generate_streams({{{stream!r}: tokenizer.encode("Hello!")}}, rows=32)
+for row in rows:  # token id by stream; rows.send({{name: ids}}) puts in a word while it runs
+  print({{name: tokenizer.decode(id) for name, id in row.items()}})
+```
+Without `trust_remote_code` it loads as the plain language model that it was made of; the tensor
+`model.channel_embedding.weight` is then unexpected, and unused.
+""",
+  "folded": """
+A plain language model: that of the stream `{stream}` alone, whose embedding is added to every
+token's. It loads wherever models of its family do.
+""",
+  "reference": """
+Laid out for the code of the official release of multi-stream models.
+""",
+}
+
+
+def write(
+  license_: str | None, layout: str, streams: Streams, stream: str, training: dict[str, Any]
+) -> str:
+  """Returns README.md.
+
+  Args:
+    license_: of the model this one was made of, if it is known.
+    layout: of the export.
+    streams: of the model.
+    stream: the one that is folded in, or else one that reads.
+    training: the run's config.
+  """
+  lines = [
+    *([f"license: {license_}"] if license_ else []),
+    "library_name: transformers",
+    "pipeline_tag: text-generation",
+    "tags: [multi-stream, msjax]",
+  ]
+  rows = [f"| {i} | {s.name} | {s.kind} | {s.weight:g} |" for i, s in enumerate(streams.streams)]
+  table = "\n".join(["| id | stream | kind | loss weight |", "|---|---|---|---|", *rows])
+  return f"""---
+{chr(10).join(lines)}
+---
+# A multi-stream language model
+
+In every row each stream has one token; input streams are read, the others written, each seeing all
+rows before (same row: `{streams.same_row}`). Token {streams.silence_id} is silence.
+
+{table}
+
+## Use
+{_USE[layout].format(stream=stream).strip()}
+
+## Training
+```json
+{json.dumps(training, indent=2)}
+```
+"""
+
+
+def license_of(card: bytes) -> str | None:
+  """Returns the license in a model card's front matter, if it names one."""
+  lines = card.decode(errors="replace").splitlines()
+  if not lines or lines[0].strip() != "---":
+    return None
+  front = lines[1 : lines.index("---", 1)] if "---" in lines[1:] else []
+  found = (line.partition(":")[2].strip() for line in front if line.startswith("license:"))
+  return next(found, None)
