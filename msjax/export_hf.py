@@ -36,14 +36,16 @@ def main(_) -> None:
     if not flag.value:
       raise InputError(f"--{flag.name}: not given; expected a directory")
   workdir, target = WorkDir(_WORKDIR.value), pathlib.Path(_TO.value).expanduser()
+  run = open_run(workdir, _STEP.value)
   export(
-    open_run(workdir, _STEP.value),
+    run,
     target,
     layout=_LAYOUT.value,
     stream=_STREAM.value,
     dtype=_DTYPE.value,
     shard_bytes=int(_SHARD_SIZE.value * 1e9),
     files=workdir.hub_files(),
+    step=run.step,
   )
   told = {"folder": str(target), "layout": _LAYOUT.value, "dtype": _DTYPE.value}
   verified = None

@@ -13,7 +13,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from msjax.errors import InputError
 from msjax.text import hf_tokenizer
-from msjax.text.hf_tokenizer import HfTokenizer, find_silence, train_bpe
+from msjax.text.hf_tokenizer import HfTokenizer, find_silence, hf_json, train_bpe
+from msjax.text.tokenizer import ByteTokenizer
 
 BPE = train_bpe(CORPUS, 280)
 GPT = HfTokenizer(byte_level_json())
@@ -267,3 +268,17 @@ def test_training_needs_room_for_all_bytes():
   assert train_bpe([], 259).decode(train_bpe([], 259).encode(HARD)) == HARD
   with pytest.raises(InputError, match=r"258.*259"):
     train_bpe(CORPUS, 258)
+
+
+def test_bytes_are_the_same_to_hugging_face():
+  ours = ByteTokenizer(["+3", "*7"])
+  theirs = tokenizers.Tokenizer.from_str(hf_json(ours))
+  for text in ("5+3*7=", "Grüße, 世界!\n  two", "\x00\x7f"):
+    assert theirs.encode(text).ids == ours.encode(text)
+    assert theirs.decode(ours.encode(text)) == text
+  again = HfTokenizer(hf_json(ours))
+  same = ("vocab_size", "silence_id", "pad_id", "end_id")
+  assert [getattr(again, name) for name in same] == [getattr(ours, name) for name in same]
+  assert [again.text_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
+  with pytest.raises(InputError, match="added token '=': Hugging Face would take it for a byte"):
+    hf_json(ByteTokenizer(["="]))

@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -26,9 +27,9 @@ from msjax.hub.names import EMBEDDING, HEAD, STREAM_EMBEDDING, part_of, tensors
 from msjax.hub.weights import INDEX, Part, write_safetensors
 from msjax.model import Model
 from msjax.streams import HOLE, Streams
-from msjax.text.hf_tokenizer import HfTokenizer, release_silence
+from msjax.text.hf_tokenizer import HfTokenizer, hf_json, release_silence
 from msjax.text.tokenizer import Tokenizer
-from msjax.training.checkpoint import open_params
+from msjax.training.checkpoint import chosen, open_params
 from msjax.training.state import Params
 from msjax.workdir import WorkDir, write_json
 
@@ -55,8 +56,9 @@ class Exportable(Protocol):
 
 
 class Run(NamedTuple):
-  """What `open_run` returns."""
+  """A run on disk, at a checkpoint of so many steps."""
 
+  step: int
   config: Config
   streams: Streams
   tokenizer: Tokenizer
@@ -65,8 +67,9 @@ class Run(NamedTuple):
 
 def open_run(workdir: WorkDir, step: int | str = "latest") -> Run:
   """Opens a run; its parameters are read as they are asked for."""
+  step = chosen(workdir.checkpoints, step)
   params = open_params(workdir.checkpoints, step)
-  return Run(workdir.config(), workdir.streams(), workdir.tokenizer(), params)
+  return Run(step, workdir.config(), workdir.streams(), workdir.tokenizer(), params)
 
 
 def export(
@@ -78,6 +81,7 @@ def export(
   dtype: str = "bfloat16",
   shard_bytes: int = 5 * 10**9,
   files: Mapping[str, bytes] = types.MappingProxyType({}),
+  step: int | None = None,
 ) -> None:
   """Writes a folder; it gets its name when all of it is written.
 
@@ -91,6 +95,7 @@ def export(
     dtype: of the tensors, `float32` or `bfloat16`.
     shard_bytes: of one file, at most; a tensor is never cut.
     files: what lay beside the tensors that the run was made of, by name; kept as it was.
+    step: steps taken, for the manifest.
 
   Raises:
     InputError: the target exists, no family computes this model, or the official release does not.
@@ -110,7 +115,8 @@ def export(
     if layout == "stream":
       shutil.copyfile(_REMOTE_CODE, temporary / _REMOTE_CODE.name)
     (temporary / "README.md").write_text(_card(run, layout, stream, files), encoding="utf-8")
-    write_json(temporary / MANIFEST, _manifest(temporary, layout, dtype))
+    made = {"layout": layout, "dtype": dtype, "step": step}
+    write_json(temporary / MANIFEST, _manifest(temporary, made))
     os.rename(temporary, target)
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -240,7 +246,7 @@ def _tokenizer_files(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> dict[s
   """The tokenizer's files: the source's byte for byte; the chat template wherever it is sought."""
   others = ("README.md", "config.json", "generation_config.json")
   kept = {name: content for name, content in files.items() if name not in others}
-  kept["tokenizer.json"] = tokenizer.to_json().encode()
+  kept["tokenizer.json"] = hf_json(tokenizer).encode()
   config = json.loads(kept.get("tokenizer_config.json", b"{}"))
   template = kept.get("chat_template.jinja", b"").decode() or config.get("chat_template")
   changed = {}
@@ -298,8 +304,8 @@ def _shards(parts: Sequence[Part], dtype: np.dtype, limit: int) -> Iterator[list
   yield shard
 
 
-def _manifest(folder: pathlib.Path, layout: str, dtype: str) -> dict[str, Any]:
-  """What was written by whom, with a digest of every file."""
+def _manifest(folder: pathlib.Path, made: Mapping[str, Any]) -> dict[str, Any]:
+  """What was written, how and by whom, with a digest of every file."""
   digests = {}
   for path in sorted(folder.iterdir()):
     with open(path, "rb") as file:
@@ -307,7 +313,20 @@ def _manifest(folder: pathlib.Path, layout: str, dtype: str) -> dict[str, Any]:
   return {
     "format_version": FORMAT_VERSION,
     "msjax": msjax.__version__,
-    "layout": layout,
-    "dtype": dtype,
+    "commit": _commit(),
+    **made,
     "sha256": digests,
   }
+
+
+def _commit() -> str | None:
+  """The commit of a checkout that this code lies in, if it does."""
+  here = pathlib.Path(__file__)
+  git = lambda *words: subprocess.run(
+    ["git", "-C", here.parent, *words], capture_output=True, text=True, check=True
+  ).stdout.strip()
+  try:
+    git("ls-files", "--error-unmatch", here.name)
+    return git("rev-parse", "HEAD")
+  except (OSError, subprocess.CalledProcessError):
+    return None

@@ -9,7 +9,7 @@ from absl import logging
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from msjax.errors import InputError, nearest
-from msjax.text.tokenizer import END, PAD, SILENCE, SPECIALS, Tokenizer, unicode_text
+from msjax.text.tokenizer import END, PAD, SILENCE, SPECIALS, ByteTokenizer, Tokenizer, unicode_text
 
 PAD_NAMES = (PAD, "<|endoftext|>")
 END_NAMES = (END, "<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>")
@@ -233,6 +233,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> HfTokenizer:
   )
   bpe.train_from_iterator(map(unicode_text, texts), trainer)
   return HfTokenizer(bpe.to_str())
+
+
+def hf_json(tokenizer: Tokenizer) -> str:
+  """Returns a tokenizer.json that Hugging Face's library reads, with the same ids.
+
+  Raises:
+    InputError: an added token of a byte tokenizer is spelled as a byte is.
+  """
+  if not isinstance(tokenizer, ByteTokenizer):
+    return tokenizer.to_json()
+  bpe = tokenizers.Tokenizer(models.BPE(_BYTE_OF, []))
+  bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+  bpe.decoder = decoders.ByteLevel()
+  bpe.add_special_tokens(list(SPECIALS))
+  bpe.add_tokens([tokenizers.AddedToken(token, normalized=False) for token in tokenizer.added])
+  for id, token in enumerate((*SPECIALS, *tokenizer.added), start=256):
+    if bpe.token_to_id(token) != id:
+      raise InputError(
+        f"added token {token!r}: Hugging Face would take it for a byte; expected a longer one"
+      )
+  return bpe.to_str()
 
 
 def _byte_alphabet() -> dict[str, int]:

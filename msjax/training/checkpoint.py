@@ -144,7 +144,7 @@ def load_params(
     abstract: `jax.ShapeDtypeStruct`s to read into, or None to take shapes as they were saved.
     step: steps taken at the checkpoint, `latest`, or `best` by held-out loss.
   """
-  path = (directory / str(_chosen(directory, step))).absolute()
+  path = (directory / str(chosen(directory, step))).absolute()
   logging.info("reading parameters from %s", path)
   if abstract is None:
     abstract = ocp.metadata(path, "params").metadata
@@ -158,7 +158,7 @@ def open_params(directory: pathlib.Path, step: int | str = "latest") -> Params:
     directory: `WORKDIR/checkpoints`.
     step: as for `load_params`.
   """
-  path = (directory / str(_chosen(directory, step))).absolute()
+  path = (directory / str(chosen(directory, step))).absolute()
   store = {"driver": "file", "path": f"{path / 'params'}/"}
   if (path / "params" / "manifest.ocdbt").exists():
     store = {"driver": "ocdbt", "base": store}
@@ -186,8 +186,8 @@ def _by_layers() -> ocp.Context:
   return context
 
 
-def _chosen(directory: pathlib.Path, step: int | str) -> int:
-  """Returns the number of the checkpoint that is asked for."""
+def chosen(directory: pathlib.Path, step: int | str) -> int:
+  """Returns the steps taken at the checkpoint that is asked for, as for `load_params`."""
   steps = saved_steps(directory)
   if not steps:
     raise InputError(f"{directory}: holds no checkpoint; train this work directory first")
