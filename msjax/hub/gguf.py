@@ -117,8 +117,11 @@ class Gguf(Mapping[str, np.ndarray]):
     if scaling != "none" or "rope_freqs.weight" in self._tensors:
       raise InputError(f"{self.path}: rope scaling {scaling!r}; msjax reads GGUF without any")
     config = {name: self._field(f"{self._family}.{key}", None) for name, key in _CONFIG.items()}
+    decimal = lambda x: (
+      float(str(np.float32(x))) if isinstance(x, float) else x
+    )  # 1e-5, not 9.99e-6
     return {
-      **{name: value for name, value in config.items() if value is not None},
+      **{name: decimal(value) for name, value in config.items() if value is not None},
       "model_type": self._family,
       "vocab_size": len(self._field("tokenizer.ggml.tokens")),
       "tie_word_embeddings": "lm_head.weight" not in self._tensors,
