@@ -22,7 +22,15 @@ CORE = [
 DEMO = ["chitchat-dataset>=0.9.0"]
 HUB = ["gguf>=0.17", "huggingface_hub>=0.30"]
 LINT = ["ruff>=0.8"]
-TEST = ["hypothesis>=6.100", "pytest>=8.0", "torch==2.13.0", "transformers>=4.57", *HUB, *LINT]
+TEST = [
+  "hypothesis>=6.100",
+  "pytest>=8.0",
+  "pytest-xdist>=3.6",
+  "torch==2.13.0",
+  "transformers>=4.57",
+  *HUB,
+  *LINT,
+]
 
 setuptools.setup(
   name="msjax",

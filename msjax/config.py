@@ -74,6 +74,7 @@ class DataConfig:
   rows_per_second: float = 1.0  # timestamps: how fast rows pass
   max_pause: float = 8.0  # timestamps: longer silences between messages are cut to this, seconds
   end_token: bool = True  # whether <end> follows each message
+  end: str = ""  # end token of a tokenizer.json that has none of the usual names
   on_bad_record: str = "stop"  # or skip: count, list and go on
   only_one_stream: bool = False  # show each stream alone, the others as holes (a baseline)
   min_ops: int = 2  # arithmetic: operations in a question, at least
@@ -145,7 +146,7 @@ class Config:
   def validate(self) -> None:
     """Checks every constraint between and within fields; names field, value and what is allowed."""
     _check_types(self)
-    _check_model(self.model)
+    check_model(self.model)
     _check_data(self.data)
     _not_negative(self.loss, "loss", "silence_weight z_loss label_smoothing")
     _fractions(self.loss, "loss", "label_smoothing")
@@ -256,7 +257,8 @@ def nested_dataclass(hint) -> type | None:
   return next((o for o in options if dataclasses.is_dataclass(o)), None)
 
 
-def _check_model(m: ModelConfig) -> None:
+def check_model(m: ModelConfig) -> None:
+  """Raises for a model that cannot be built."""
   _positive(m, "model", "dim layers heads kv_heads head_dim mlp_dim rope_theta norm_eps")
   _not_negative(m, "model", "vocab_size")
   _fractions(m, "model", "attention_dropout")

@@ -6,6 +6,7 @@ python -m msjax.export_hf --workdir=DIR --to=OUT --verify
 import json
 import pathlib
 
+import jax
 from absl import flags, logging
 
 import msjax
@@ -35,6 +36,8 @@ def main(_) -> None:
   for flag in (_WORKDIR, _TO):
     if not flag.value:
       raise InputError(f"--{flag.name}: not given; expected a directory")
+  if jax.process_count() > 1:
+    raise InputError(f"{jax.process_count()} processes: exporting is done by one; start one")
   workdir, target = WorkDir(_WORKDIR.value), pathlib.Path(_TO.value).expanduser()
   run = open_run(workdir, _STEP.value)
   export(
@@ -50,21 +53,22 @@ def main(_) -> None:
   told = {"folder": str(target), "layout": _LAYOUT.value, "dtype": _DTYPE.value}
   verified = None
   if _VERIFY.value:
-    verified = verify(msjax.load(workdir.path, step=_STEP.value), target, _STREAM.value)
+    verified = verify(msjax.load(workdir.path, step=run.step), target)
   if _JSON.value:
     print(json.dumps({**told, **(verified._asdict() if verified else {})}))
   else:
     print(f"{target}: layout {_LAYOUT.value}, {_DTYPE.value}")
     if verified:
       print(_sentence(verified))
-  if verified and not verified.good(_DTYPE.value):
+  if verified and not verified.good:
     raise RunError(f"{target}: does not compute what {_WORKDIR.value} does: {_sentence(verified)}")
 
 
 def _sentence(v: Verified) -> str:
   return (
     f"logits differ by {v.max_difference:.2g} at most, the likeliest token is the same in "
-    f"{v.same_likeliest:.2%} of {v.cells} cells, KL divergence {v.kl:.2g}"
+    f"{v.same_likeliest:.2%} of {v.cells} cells, KL divergence {v.kl:.2g}; {v.beyond_rounding:.2g} "
+    f"at most is not explained by rounding"
   )
 
 

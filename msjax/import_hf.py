@@ -10,7 +10,7 @@ from absl import flags
 
 from msjax import cli
 from msjax.errors import InputError
-from msjax.hub.import_ import STREAM_INIT, fetched, import_checkpoint, read_checkpoint
+from msjax.hub.import_ import STREAM_INIT, check_target, fetched, import_checkpoint, read_checkpoint
 from msjax.streams import KINDS, SAME_ROW
 from msjax.workdir import WorkDir
 
@@ -23,9 +23,15 @@ _STREAMS = flags.DEFINE_list(
   [],
   "usual names (user, think, output), name:kind or name:kind:weight; by default the checkpoint's",
 )
-_SAME_ROW = flags.DEFINE_enum("same_row", "hidden", SAME_ROW, "what a cell sees of its own row")
-_SKIP_SILENCE = flags.DEFINE_bool("skip_silence", False, "hide silent cells from all others")
+_SAME_ROW = flags.DEFINE_enum(
+  "same_row",
+  None,
+  SAME_ROW,
+  "what a cell sees of its own row; by default the checkpoint's, or hidden",
+)
+_SKIP_SILENCE = flags.DEFINE_bool("skip_silence", None, "hide silent cells from all others")
 _SILENCE = flags.DEFINE_string("silence", None, "silence token, where the usual rule finds none")
+_END = flags.DEFINE_string("end", None, "token that ends a message, where no usual one is there")
 _STREAM_INIT = flags.DEFINE_enum(
   "stream_init", "normal", STREAM_INIT, "new stream embeddings: normal (0.02 wide), or zeros"
 )
@@ -58,16 +64,22 @@ def main(_) -> None:
   for flag in (_FROM, _TO):
     if not flag.value:
       raise InputError(f"--{flag.name}: not given; expected {flag.help}")
+  if jax.process_count() > 1:
+    raise InputError(f"{jax.process_count()} processes: importing is done by one; start one")
+  workdir = WorkDir(_TO.value)
+  check_target(workdir)  # before minutes of reading
   checkpoint = read_checkpoint(
     fetched(_FROM.value),
     tuple(map(_spec, _STREAMS.value)) or None,
     same_row=_SAME_ROW.value,
     skip_silence=_SKIP_SILENCE.value,
     silence=_SILENCE.value,
+    end=_END.value,
     stream_init=_STREAM_INIT.value,
     seed=_SEED.value,
+    place=jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0]),
   )
-  import_checkpoint(checkpoint, WorkDir(_TO.value))
+  import_checkpoint(checkpoint, workdir)
   told = {
     "parameters": sum(p.size for p in jax.tree.leaves(checkpoint.params)),
     "streams": checkpoint.streams.names,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 
 from msjax.config import Config, LossConfig
@@ -284,8 +285,13 @@ def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
     directory: of a Hugging Face folder without stream embeddings the one stream is `text`.
     step: of a work directory: a checkpoint's step, `latest`, or `best` by held-out loss.
   """
-  if hub.is_checkpoint(pathlib.Path(directory)):
-    found = hub.read_checkpoint(pathlib.Path(directory))
+  path = pathlib.Path(directory).expanduser()
+  if hub.is_checkpoint(path):
+    if step != "latest":
+      raise InputError(f"step: {step!r}, but {path} is one checkpoint of Hugging Face's")
+    found = hub.read_checkpoint(path)
+    if found.unused:
+      logging.warning("%s: nothing takes %s", path, ", ".join(found.unused))
     return Model(found.config, found.streams, found.tokenizer, found.params)
   directory = WorkDir(directory)
   config, streams, tokenizer = directory.config(), directory.streams(), directory.tokenizer()

@@ -78,7 +78,7 @@ class WorkDir:
         file.seek(0)
         owner = file.read().strip() or "unknown"
         raise InputError(
-          f"--workdir {self.path}: process {owner} is training there; wait for it or use another"
+          f"{self.path}: process {owner} is at work there; wait for it or use another directory"
         ) from None
       file.truncate(0)
       file.write(str(os.getpid()))
@@ -182,6 +182,7 @@ class WorkDir:
     return tokenizer_file.load(
       self.path / "tokenizer.json",
       silence=self.streams().silence_id,
+      end=self.config().data.end or None,
       vocab_size=self.config().model.vocab_size,
     )
 

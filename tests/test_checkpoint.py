@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from msjax.errors import InputError
-from msjax.training.checkpoint import Checkpoints, load_params
+from msjax.training.checkpoint import Checkpoints, load_params, open_params, save_params
 from msjax.training.state import TrainState
 
 
@@ -128,6 +128,64 @@ def test_a_step_that_is_not_there_names_those_that_are(tmp_path):
 def test_a_directory_without_checkpoints_is_an_error(tmp_path, directory):
   with pytest.raises(InputError, match="holds no checkpoint; train this work directory first"):
     load_params(tmp_path / directory, None)
+
+
+# Parameters that are opened, and read as they are asked for.
+
+
+def stacked():
+  """Parameters of three layers, and some that are of none."""
+  rng = np.random.default_rng(0)
+  array = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  layers = {"mlp": {"up": array(3, 4, 6)}, "norm": array(3, 4)}
+  return {"embed": array(8, 4), "layers": layers, "norm": array(4)}
+
+
+@pytest.fixture(params=["trained", "imported"])
+def opened(tmp_path, request):
+  """A directory that holds `stacked()`."""
+  params = stacked()
+  if request.param == "imported":
+    save_params(tmp_path, params)
+    return tmp_path
+  later = jax.tree.map(jnp.zeros_like, params)
+  with Checkpoints(tmp_path, 2) as checkpoints:
+    for step, of_step in ((1, params), (2, later)):
+      state = TrainState(jnp.int32(step), of_step, {"mu": of_step})
+      checkpoints.save(step, state, data(), float(step))
+  return tmp_path
+
+
+def test_what_is_opened_reads_what_is_loaded(opened):
+  step = "best" if (opened / "1").exists() else 0
+  found, loaded = open_params(opened, step), load_params(opened, None, step)
+  assert equal(loaded, stacked())
+  assert equal(jax.tree.map(np.asarray, found), jax.tree.map(np.asarray, loaded))
+  for i in range(3):
+    layer = lambda array, i=i: np.asarray(array[i])
+    assert equal(jax.tree.map(layer, found["layers"]), jax.tree.map(layer, loaded["layers"]))
+  with pytest.raises(InputError, match="no checkpoint of step 7; there are "):
+    open_params(opened, 7)
+
+
+def test_a_layer_is_a_chunk_on_disk_and_other_arrays_are_whole(opened):
+  chunks = jax.tree.map(lambda array: array.chunk_layout.write_chunk.shape, open_params(opened))
+  assert chunks == {
+    "embed": (8, 4),
+    "layers": {"mlp": {"up": (1, 4, 6)}, "norm": (1, 4)},
+    "norm": (4,),
+  }
+
+
+def test_a_layer_is_read_without_the_others(tmp_path):
+  save_params(tmp_path, stacked())
+  files = sorted((tmp_path / "0" / "params" / "layers.mlp.up" / "c").glob("*/*/*"))
+  assert len(files) == 3
+  files[0].write_bytes(b"broken")
+  up = open_params(tmp_path)["layers"]["mlp"]["up"]
+  np.testing.assert_array_equal(up[2], stacked()["layers"]["mlp"]["up"][2])
+  with pytest.raises(ValueError):
+    np.asarray(up[0])
 
 
 # What a killed or failed save leaves.

@@ -3,6 +3,7 @@
 import json
 
 import gguf
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,9 @@ import transformers
 import msjax
 from msjax.errors import InputError
 from msjax.hub import gguf as ours
+from msjax.hub.export import export
 from msjax.hub.import_ import read_checkpoint
+from msjax.model import Model
 from msjax.text.hf_tokenizer import HfTokenizer, train_bpe
 
 BPE = json.loads(train_bpe(["to be - or not to be, 12 times 34"], 290).to_json())
@@ -58,7 +61,8 @@ def written(path, family, pre="smollm", **extra):
   if family == "qwen3":
     writer.add_key_length(8)
   for name, value in extra.items():
-    writer.add_string(name.replace("__", "."), value)
+    add = writer.add_string if isinstance(value, str) else writer.add_uint32
+    add(name.replace("__", "."), value)
   writer.add_tokenizer_model("gpt2")
   writer.add_tokenizer_pre(pre)
   writer.add_token_list(TOKENS)
@@ -107,10 +111,42 @@ def test_the_tokenizer_comes_along(tmp_path):
   assert len(tokenizer.encode("12")) == 2  # smollm: a token a digit
 
 
+def test_an_export_has_what_the_file_knew(tmp_path):
+  words = {
+    "general__license": "apache-2.0",
+    "tokenizer__chat_template": "{{ messages[0].content }}!",
+    "tokenizer__ggml__eos_token_id": len(TOKENS) - 1,
+    "tokenizer__ggml__bos_token_id": 5,
+    "llama__context_length": 77,
+  }
+  written(tmp_path / "model.gguf", "llama", **words)
+  found = read_checkpoint(tmp_path / "model.gguf", ("user:input", "output:output"))
+  export(Model(*found[:4]), tmp_path / "out", files=found.files)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert (tokenizer.eos_token, tokenizer.bos_token) == ("<|im_end|>", TOKENS[5])
+  chat = [{"role": "user", "content": "to be"}]
+  assert tokenizer.apply_chat_template(chat, tokenize=False) == "to be!"
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert huggingface_hub.ModelCard(card).data.license == "apache-2.0"
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert (config["max_position_embeddings"], config["bos_token_id"]) == (77, 5)
+  generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+  assert generation.eos_token_id == [found.tokenizer.end_id, len(TOKENS) - 1]
+
+
+def test_a_file_that_knows_little_has_no_more_beside_it(tmp_path):
+  written(tmp_path / "model.gguf", "llama")
+  files = read_checkpoint(tmp_path / "model.gguf").files
+  assert files["README.md"] == b"" and json.loads(files["generation_config.json"]) == {}
+  assert json.loads(files["tokenizer_config.json"]) == {
+    "tokenizer_class": "PreTrainedTokenizerFast"
+  }
+
+
 @pytest.mark.parametrize("pre, digits", [("qwen2", 1), ("llama-bpe", 3)])
 def test_pre_tokenizers_cut_numbers_as_theirs_do(tmp_path, pre, digits):
   written(tmp_path / "model.gguf", "qwen2", pre=pre)
-  parts = ours._PRE[pre][0].pre_tokenize_str("I've 12345 of\n them")
+  parts = ours._KINDS[pre].cut[0].pre_tokenize_str("I've 12345 of\n them")
   numbers = [part for part, _ in parts if part.isdigit()]
   assert numbers == (list("12345") if digits == 1 else ["123", "45"])
   assert [part for part, _ in parts if not part.isdigit()] == [
@@ -131,7 +167,10 @@ def test_pre_tokenizers_cut_numbers_as_theirs_do(tmp_path, pre, digits):
       {"pre": "tekken"},
       "tokenizer 'gpt2' with pre-tokenizer 'tekken'; expected 'gpt2' with one of",
     ),
-    ({"llama__rope__scaling__type": "yarn"}, "rope scaling 'yarn'; msjax reads GGUF without any"),
+    (
+      {"llama__rope__scaling__type": "yarn"},
+      "scales RoPE, as Llama 3.1 and 3.2 do; expected a GGUF",
+    ),
   ],
 )
 def test_what_is_not_computed_is_told(tmp_path, options, told):

@@ -56,6 +56,7 @@ LLAMA3 = {
 )
 def test_what_transformers_writes_is_read(written, fields):
   expected = ModelConfig(**SAME, **{"qk_norm": False, "tied_head": False, **fields})
+  expected.vocab_size = written.vocab_size
   found = model_config(written.to_dict(), "config.json")
   assert found == expected
   config = Config(model=found)
@@ -96,3 +97,32 @@ def test_a_field_that_is_missing_is_told():
   del written["num_hidden_layers"]
   with pytest.raises(InputError, match=r"num_hidden_layers is missing; expected the config.json"):
     model_config(written, "config.json")
+
+
+@pytest.mark.parametrize(
+  ("change", "told"),
+  [
+    ({"role_gating_enabled": True}, "role_gating_enabled True; msjax computes False only"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5; msjax computes 1.0 only"),
+    ({"channel_embedding_method": "none"}, "channel_embedding_method 'none'; msjax computes"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings 'false'; expected true or false"),
+    ({"num_hidden_layers": True}, "num_hidden_layers True; expected a whole number, 1 or more"),
+    ({"num_attention_heads": 0}, "num_attention_heads 0; expected a whole number, 1 or more"),
+    ({"rms_norm_eps": "x"}, "rms_norm_eps 'x'; expected a number"),
+    ({"rms_norm_eps": None}, "rms_norm_eps None; expected a number"),
+    ({"rope_parameters": [1]}, r"rope_parameters \[1\]; expected an object"),
+    ({"vocab_size": "abc"}, "vocab_size 'abc'; expected a whole number"),
+    ({"num_key_value_heads": 3}, "config.json: config.model.kv_heads: 3 is not allowed; expected"),
+    ({"head_dim": 33}, "config.json: config.model.head_dim: 33 is not allowed; expected even"),
+  ],
+)
+def test_what_would_come_in_as_another_model_is_told(change, told):
+  written = {**LlamaConfig(**SIZES).to_dict(), **change}
+  with pytest.raises(InputError, match=told):
+    model_config(written, "config.json")
+
+
+def test_rope_fields_of_both_versions_are_read_together():
+  both = {**LlamaConfig(**SIZES).to_dict(), "rope_parameters": {"rope_theta": 7e5}}
+  found = model_config({**both, "rope_scaling": LLAMA3}, "config.json")
+  assert (found.rope_theta, found.rope_scaling) == (7e5, RopeScaling(8.0, 1.0, 4.0, 64))

@@ -1,11 +1,13 @@
 """A Hugging Face folder as a work directory: the official release's figures, and wrong folders."""
 
+import fnmatch
 import json
 import pathlib
 import shutil
 import subprocess
 import sys
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from safetensors.numpy import load_file, save_file
 
 import msjax
 from msjax.errors import InputError
-from msjax.hub.import_ import import_checkpoint, read_checkpoint
+from msjax.hub.export import export
+from msjax.hub.import_ import fetched, import_checkpoint, is_checkpoint, read_checkpoint
 from msjax.hub.names import STREAM_EMBEDDING
+from msjax.model import Model
 from msjax.text.hf_tokenizer import train_bpe
 from msjax.training.loop import train
 from msjax.workdir import WorkDir
@@ -180,6 +184,74 @@ def test_usual_names_have_kinds(plain, tmp_path):
   ]
 
 
+# Where a checkpoint is looked for.
+
+
+def test_what_is_on_disk_is_not_sought_elsewhere(tmp_path, monkeypatch):
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "owner" / "model").mkdir(parents=True)
+  for source in ("owner/model", "owner", str(tmp_path)):
+    assert fetched(source) == pathlib.Path(source)
+  for source in ("model", "a/b/c", "./a/b", "/nowhere/at/all"):  # no ids of the hub
+    with pytest.raises(InputError, match=r"config.json: not found; expected a Hugging Face check"):
+      read_checkpoint(fetched(source))
+  monkeypatch.setenv("HOME", str(tmp_path))
+  assert fetched("~/owner") == tmp_path / "owner"
+
+
+def test_a_hub_id_is_downloaded_without_what_msjax_does_not_read(plain, monkeypatch):
+  asked = {}
+
+  def download(name, allow_patterns, ignore_patterns):
+    asked.update(name=name, patterns=allow_patterns)
+    return str(plain[0])
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  assert read_checkpoint(fetched("Owner/a-model_1.5"), TWO).streams.names == ("user", "output")
+  wanted = lambda file: any(fnmatch.fnmatch(file, pattern) for pattern in asked["patterns"])
+  there = [path.name for path in plain[0].iterdir()]
+  assert asked["name"] == "Owner/a-model_1.5" and all(map(wanted, [*there, "chat_template.jinja"]))
+  assert not any(map(wanted, ("pytorch_model.bin", "model.gguf", "tf_model.h5", "modeling.py")))
+
+
+def test_a_hub_that_cannot_be_reached_is_told_in_one_line(monkeypatch):
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  told = r"^nobody/has-this: no such folder, and the hub gave no model of that name: \S.*$"
+  with pytest.raises(InputError, match=told) as raised:
+    fetched("nobody/has-this")
+  assert "\n" not in str(raised.value)
+
+
+def test_whatever_befalls_a_download_is_told_in_one_line(monkeypatch):
+  def download(*_, **__):
+    raise RuntimeError("\n401 Client Error.\nRequest ID: 5\n")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  told = (
+    "nobody/has-this: no such folder, and the hub gave no model of that name: 401 Client Error."
+  )
+  with pytest.raises(InputError) as raised:
+    fetched("nobody/has-this")
+  assert str(raised.value) == told
+
+
+def test_a_hub_id_needs_the_library(monkeypatch):
+  monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+  with pytest.raises(InputError, match=r"^nobody/has-this: no such folder; .* pip install -e '.\["):
+    fetched("nobody/has-this")
+
+
+def test_what_is_a_checkpoint(plain, tmp_path):
+  assert is_checkpoint(plain[0]) and is_checkpoint(tmp_path / "model.gguf")
+  import_checkpoint(read_checkpoint(plain[0]), WorkDir(tmp_path / "run"))
+  for path in (tmp_path, tmp_path / "run", tmp_path / "nowhere"):
+    assert not is_checkpoint(path)
+  for content in ("3", "{", "[]"):
+    (tmp_path / "config.json").write_text(content)
+    assert not is_checkpoint(tmp_path)
+
+
 # Wrong folders.
 
 
@@ -239,11 +311,62 @@ def test_a_wrong_folder_is_told_and_makes_nothing(plain, tmp_path, spoil, told):
   assert not (tmp_path / "run").exists()
 
 
+def test_tensors_of_another_model_are_not_left_out_silently(plain):
+  bias = Q.replace("weight", "bias")
+  edit(plain[0], lambda w: w.update({bias: np.zeros(16, np.float32)}))
+  with pytest.raises(InputError, match=f"{bias} is there, but config.json describes a"):
+    read_checkpoint(plain[0], TWO)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, bool])
+def test_a_tensor_of_no_float_is_told(plain, dtype):
+  edit(plain[0], lambda w: w.update({Q: np.zeros((16, 16), dtype)}))
+  with pytest.raises(InputError, match=f"{Q} is of (I8|BOOL); expected one of F64, F32"):
+    read_checkpoint(plain[0], TWO)
+
+
+def test_the_rule_of_an_export_holds_until_another_is_given(plain, tmp_path):
+  read = lambda path, *streams, **rule: read_checkpoint(path, streams or None, **rule)
+  silence = read(plain[0], *TWO).tokenizer.encode("t")[0]
+  made = read(plain[0], *TWO, same_row="inputs", skip_silence=True, silence=silence)
+  export(Model(*made[:4]), tmp_path / "out")
+  rule = lambda streams: (streams.same_row, streams.skip_silence, streams.silence_id)
+  assert rule(read(tmp_path / "out", "a:input", "b:output").streams) == ("inputs", True, silence)
+  other = read(tmp_path / "out", same_row="visible", skip_silence=False)
+  assert other.streams.names == ("user", "output")
+  assert rule(other.streams) == ("visible", False, silence)
+
+
+def test_a_folder_with_something_in_it_is_not_imported_to(plain):
+  before = (plain[0] / "config.json").read_bytes()
+  with pytest.raises(InputError, match="plain: is not empty; expected a new work directory"):
+    import_checkpoint(read_checkpoint(plain[0], TWO), WorkDir(plain[0]))
+  assert (plain[0] / "config.json").read_bytes() == before
+
+
+def test_an_unusual_end_token_is_named_and_remembered(plain, tmp_path):
+  text = (plain[0] / "tokenizer.json").read_text().replace("<end>", "<fin>")
+  (plain[0] / "tokenizer.json").write_text(text)
+  with pytest.raises(InputError, match="give --end=TOKEN"):
+    read_checkpoint(plain[0], TWO)
+  import_checkpoint(read_checkpoint(plain[0], TWO, end="<fin>"), WorkDir(tmp_path / "run"))
+  tokenizer = WorkDir(tmp_path / "run").tokenizer()
+  assert tokenizer.name(tokenizer.end_id) == "<fin>"
+
+
 def test_a_vocabulary_that_does_not_fit_is_told(plain, tmp_path):
   config = json.loads((plain[0] / "config.json").read_text())
   (plain[0] / "config.json").write_text(json.dumps({**config, "vocab_size": 200}))
   with pytest.raises(InputError, match=r"vocab_size: 200; the vocabulary has ids up to \d+"):
     import_checkpoint(read_checkpoint(plain[0], TWO), WorkDir(tmp_path / "run"))
+
+
+def test_quantised_tensors_are_told(plain):
+  config = json.loads((plain[0] / "config.json").read_text())
+  quantised = {**config, "quantization_config": {"quant_method": "fp8"}}
+  (plain[0] / "config.json").write_text(json.dumps(quantised))
+  with pytest.raises(InputError, match=r"plain: quantization_config: tensors are quantised"):
+    read_checkpoint(plain[0], TWO)
 
 
 def test_training_goes_on_elsewhere(plain, tmp_path):
@@ -256,6 +379,7 @@ def test_training_goes_on_elsewhere(plain, tmp_path):
   config = workdir.config().changed(
     {
       "init_from": str(workdir.path),
+      "data.rows": 16,
       "data.train": str(tmp_path / "train.jsonl"),
       "optim.learning_rate": 1e-9,
       "train.steps": 1,

@@ -258,7 +258,7 @@ def test_a_run_is_stopped_goes_on_and_reports(place):
   write(place / "valid.jsonl", *(chat(i) for i in range(12, 16)))
   process = started(config="chats.py")
   wait_for_step(process, 3)
-  with pytest.raises(InputError, match=f"process {process.pid} is training there"):
+  with pytest.raises(InputError, match=f"process {process.pid} is at work there"):
     WorkDir("run").lock().__enter__()
   process.send_signal(signal.SIGINT)
   _, log = process.communicate(timeout=DEADLINE)

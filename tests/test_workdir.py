@@ -170,8 +170,8 @@ except InputError as error:
     subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=60).stdout
   )
   with workdir.lock():
-    assert f"process {os.getpid()} is training there" in attempt()
-    with pytest.raises(InputError, match="is training there; wait for it or use another"):
+    assert f"process {os.getpid()} is at work there" in attempt()
+    with pytest.raises(InputError, match="is at work there; wait for it or use another"):
       workdir.lock().__enter__()
   assert attempt() == "locked\n"
 

@@ -119,7 +119,10 @@ def _tokenizer(config: Config, made_before: pathlib.Path | None) -> Tokenizer:
     return ByteTokenizer()
   if not spec.startswith("bpe:"):
     return tokenizer_file.load(
-      spec, silence=config.data.silence or None, vocab_size=config.model.vocab_size
+      spec,
+      silence=config.data.silence or None,
+      end=config.data.end or None,
+      vocab_size=config.model.vocab_size,
     )
   size = spec.removeprefix("bpe:")
   if not size.isdigit() or int(size) < 300:

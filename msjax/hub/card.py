@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-rows = model.generate_streams({{{stream!r}: tokenizer.encode("Hello!")}}, rows=32)
+text = tokenizer.encode("Hello!", add_special_tokens=False) + [tokenizer.eos_token_id]
+rows = model.generate_streams({{{stream!r}: text}}, rows=32)
 for row in rows:  # token id by stream; rows.send({{name: ids}}) puts in a word while it runs
   print({{name: tokenizer.decode(id) for name, id in row.items()}})
 ```
@@ -30,27 +31,28 @@ Laid out for the code of the official release of multi-stream models.
 
 
 def write(
-  license_: str | None, layout: str, streams: Streams, stream: str, training: dict[str, Any]
+  license_: list[str], layout: str, streams: Streams, stream: str, training: dict[str, Any]
 ) -> str:
   """Returns README.md.
 
   Args:
-    license_: of the model this one was made of, if it is known.
+    license_: what the card of the model this one was made of says of it, as `license_of` has it.
     layout: of the export.
     streams: of the model.
     stream: the one that is folded in, or else one that reads.
     training: the run's config.
   """
   lines = [
-    *([f"license: {license_}"] if license_ else []),
+    *license_,
     "library_name: transformers",
     "pipeline_tag: text-generation",
     "tags: [multi-stream, msjax]",
   ]
   rows = [f"| {i} | {s.name} | {s.kind} | {s.weight:g} |" for i, s in enumerate(streams.streams)]
   table = "\n".join(["| id | stream | kind | loss weight |", "|---|---|---|---|", *rows])
+  front = "\n".join(lines)
   return f"""---
-{chr(10).join(lines)}
+{front}
 ---
 # A multi-stream language model
 
@@ -69,11 +71,11 @@ rows before (same row: `{streams.same_row}`). Token {streams.silence_id} is sile
 """
 
 
-def license_of(card: bytes) -> str | None:
-  """Returns the license in a model card's front matter, if it names one."""
+def license_of(card: bytes) -> list[str]:
+  """Returns the lines on the license in a model card's front matter, its name and link included."""
   lines = card.decode(errors="replace").splitlines()
   if not lines or lines[0].strip() != "---":
-    return None
+    return []
   front = lines[1 : lines.index("---", 1)] if "---" in lines[1:] else []
-  found = (line.partition(":")[2].strip() for line in front if line.startswith("license:"))
-  return next(found, None)
+  keys = ("license:", "license_name:", "license_link:")
+  return [line for line in front if line.startswith(keys) and not line.endswith(":")]

@@ -4,10 +4,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from msjax.config import ModelConfig, RopeScaling
+from msjax.config import ModelConfig, RopeScaling, check_model
 from msjax.errors import InputError, nearest
 
 FAMILIES = ("qwen3", "qwen2", "llama")  # model_type
+# Of other models: fields that msjax computes with one value only.
+_ONLY = {
+  "hidden_act": "silu",
+  "partial_rotary_factor": 1.0,
+  "role_gating_enabled": False,
+  "channel_embedding_method": "additive",
+}
 _POSITIONS = 40_960  # rows; RoPE knows no end, but transformers wants a number
 # In the order of RopeScaling's fields.
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -26,28 +33,40 @@ def model_config(hf: Mapping[str, Any], where: str) -> ModelConfig:
       f"{where}: model_type {family!r}; expected one of {', '.join(FAMILIES)}"
       f"{nearest(str(family), FAMILIES)}"
     )
-  fields.expect("hidden_act", "silu")
-  if fields.take("use_sliding_window", False):
+  for name, only in _ONLY.items():
+    fields.expect(name, only)
+  if fields.take("quantization_config", None):
+    raise InputError(
+      f"{where}: quantization_config: tensors are quantised; expected a checkpoint in bfloat16"
+    )
+  if fields.flag("use_sliding_window"):
     fields.expect("sliding_window", None)
   dim, heads = fields.whole("hidden_size"), fields.whole("num_attention_heads")
-  biased = bool(fields.take("attention_bias", False))
-  rope = hf.get("rope_parameters") or {}
-  return ModelConfig(
+  biased = fields.flag("attention_bias")
+  rope = {**fields.group("rope_scaling"), **fields.group("rope_parameters")}  # of 4.x and of 5.x
+  theta = _Fields(rope if "rope_theta" in rope else hf, where).number("rope_theta", 10_000.0)
+  model = ModelConfig(
+    vocab_size=fields.whole("vocab_size"),
     dim=dim,
     layers=fields.whole("num_hidden_layers"),
     heads=heads,
     kv_heads=fields.whole("num_key_value_heads", heads),
     head_dim=fields.whole("head_dim", 128 if family == "qwen3" else dim // heads),
     mlp_dim=fields.whole("intermediate_size"),
-    rope_theta=float(rope.get("rope_theta") or fields.take("rope_theta", 10_000.0)),
-    rope_scaling=_rope_scaling(rope or hf.get("rope_scaling") or {}, where),
-    norm_eps=float(fields.take("rms_norm_eps", 1e-6)),
+    rope_theta=theta,
+    rope_scaling=_rope_scaling(rope, where),
+    norm_eps=fields.number("rms_norm_eps", 1e-6),
     qk_norm=family == "qwen3",
     qkv_bias=family == "qwen2" or biased,
     out_bias=family != "qwen2" and biased,
-    mlp_bias=family == "llama" and bool(fields.take("mlp_bias", False)),
-    tied_head=bool(fields.take("tie_word_embeddings", False)),
+    mlp_bias=family == "llama" and fields.flag("mlp_bias"),
+    tied_head=fields.flag("tie_word_embeddings"),
   )
+  try:
+    check_model(model)
+  except InputError as error:
+    raise InputError(f"{where}: {error}") from None
+  return model
 
 
 def to_hf(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
@@ -60,7 +79,8 @@ def to_hf(model: ModelConfig, vocab_size: int) -> dict[str, Any]:
   if family is None:
     raise InputError(
       f"config.model: qk_norm={model.qk_norm}, qkv_bias={model.qkv_bias}, "
-      f"out_bias={model.out_bias}, mlp_bias={model.mlp_bias}: none of {', '.join(FAMILIES)}"
+      f"out_bias={model.out_bias}, mlp_bias={model.mlp_bias}, head_dim={model.head_dim} with "
+      f"{model.heads} heads of {model.dim}: none of {', '.join(FAMILIES)}"
     )
   name = {"qwen3": "Qwen3", "qwen2": "Qwen2", "llama": "Llama"}[family]
   rope: dict[str, Any] = {"rope_type": "default"}
@@ -118,8 +138,29 @@ class _Fields:
     """Returns a whole number; `default` where it is absent or null and there is one."""
     value = self.take(name) if default is None else self.hf.get(name)
     value = default if value is None and default is not None else value
-    if not isinstance(value, int):
-      raise InputError(f"{self.where}: {name} {value!r}; expected a whole number")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      raise InputError(f"{self.where}: {name} {value!r}; expected a whole number, 1 or more")
+    return value
+
+  def number(self, name: str, default: float) -> float:
+    """Returns a number; `default` where it is absent."""
+    value = self.hf.get(name, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+      raise InputError(f"{self.where}: {name} {value!r}; expected a number")
+    return float(value)
+
+  def flag(self, name: str) -> bool:
+    """Returns true or false; false where it is absent or null."""
+    value = self.hf.get(name)
+    if not isinstance(value, bool | None):
+      raise InputError(f"{self.where}: {name} {value!r}; expected true or false")
+    return bool(value)
+
+  def group(self, name: str) -> Mapping[str, Any]:
+    """Returns an object; an empty one where it is absent or null."""
+    value = self.hf.get(name) or {}
+    if not isinstance(value, Mapping):
+      raise InputError(f"{self.where}: {name} {value!r}; expected an object")
     return value
 
   def expect(self, name: str, only: Any) -> None:

@@ -3,11 +3,11 @@
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from msjax.errors import InputError
 from msjax.hub.config import FAMILIES
@@ -45,19 +45,35 @@ _WORDS = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|"
   r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tokenizer.ggml.pre: what comes before BPE.
-_PRE = {
-  "smollm": [
-    pre_tokenizers.Digits(individual_digits=True),
-    pre_tokenizers.ByteLevel(add_prefix_space=False),
-  ],
-  "qwen2": [_split(_WORDS % r"\p{N}"), _byte_level],
-  "llama-bpe": [_split(_WORDS % r"\p{N}{1,3}"), _byte_level],
+
+
+class _Kind(NamedTuple):
+  """What tokenizer.ggml.pre stands for: how text is cut before BPE, and how BPE goes about it."""
+
+  cut: list[pre_tokenizers.PreTokenizer]
+  normalizer: normalizers.Normalizer | None = None
+  whole_words: bool = False  # a word that is a token stays one, whatever the merges say
+
+
+_KINDS = {
+  "smollm": _Kind(
+    [
+      pre_tokenizers.Digits(individual_digits=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  ),
+  "qwen2": _Kind([_split(_WORDS % r"\p{N}"), _byte_level], normalizers.NFC()),
+  "llama-bpe": _Kind([_split(_WORDS % r"\p{N}{1,3}"), _byte_level], whole_words=True),
 }
 
 
 class Gguf(Mapping[str, np.ndarray]):
-  """Tensors by their Hugging Face names, dequantised to float32 when they are asked for."""
+  """Tensors by their Hugging Face names, dequantised to float32 when they are asked for.
+
+  Attributes:
+    path: of the file.
+    shapes: of the tensors, by name.
+  """
 
   def __init__(self, path: pathlib.Path):
     """Opens a file; needs the package `gguf`.
@@ -74,17 +90,26 @@ class Gguf(Mapping[str, np.ndarray]):
       self._reader = gguf.GGUFReader(path)
     except (OSError, ValueError, IndexError) as error:
       raise InputError(f"{path}: cannot be read as GGUF: {error}") from None
+    if self._field("split.count", 1) > 1:
+      raise InputError(f"{path}: is one of several; join them by llama-gguf-split --merge")
     self._family = self._field("general.architecture")
     if self._family not in FAMILIES:
       raise InputError(
         f"{path}: general.architecture {self._family!r}; expected one of {', '.join(FAMILIES)}"
       )
     self._tensors = {_hf_name(t.name): t for t in self._reader.tensors}
+    self.shapes = {n: tuple(int(d) for d in t.shape[::-1]) for n, t in self._tensors.items()}
 
   def __getitem__(self, name: str) -> np.ndarray:
     """Reads a tensor."""
     tensor = self._tensors[name]
-    array = self._dequantize(tensor.data, tensor.tensor_type)
+    try:
+      array = self._dequantize(tensor.data, tensor.tensor_type)
+    except NotImplementedError:
+      raise InputError(
+        f"{self.path}: {name} is quantised as {tensor.tensor_type.name}, which the package gguf "
+        "does not read; expected another quantisation"
+      ) from None
     heads = {"q_proj": "attention.head_count", "k_proj": "attention.head_count_kv"}
     of_heads = next((f for part, f in heads.items() if f".{part}." in name), None)
     if self._family != "llama" or of_heads is None:
@@ -115,7 +140,10 @@ class Gguf(Mapping[str, np.ndarray]):
     """Returns what config.json would hold."""
     scaling = self._field(f"{self._family}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in self._tensors:
-      raise InputError(f"{self.path}: rope scaling {scaling!r}; msjax reads GGUF without any")
+      raise InputError(
+        f"{self.path}: scales RoPE, as Llama 3.1 and 3.2 do; expected a GGUF file without, or the "
+        "checkpoint's folder"
+      )
     config = {name: self._field(f"{self._family}.{key}", None) for name, key in _CONFIG.items()}
     decimal = lambda x: (
       float(str(np.float32(x))) if isinstance(x, float) else x
@@ -156,15 +184,23 @@ class Gguf(Mapping[str, np.ndarray]):
   def tokenizer_json(self) -> str:
     """Returns what tokenizer.json would hold: the byte-level BPE inside the file."""
     model, pre = self._field("tokenizer.ggml.model"), self._field("tokenizer.ggml.pre", "default")
-    if model != "gpt2" or pre not in _PRE:
+    if model != "gpt2" or pre not in _KINDS:
       raise InputError(
         f"{self.path}: tokenizer {model!r} with pre-tokenizer {pre!r}; expected 'gpt2' with one of "
-        f"{', '.join(_PRE)}; import a folder with a tokenizer.json"
+        f"{', '.join(_KINDS)}; import a folder with a tokenizer.json"
       )
+    kind = _KINDS[pre]
     tokens = self._field("tokenizer.ggml.tokens")
     merges = [tuple(pair.split(" ")) for pair in self._field("tokenizer.ggml.merges")]
-    bpe = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, merges))
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(_PRE[pre])
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    try:
+      bpe = models.BPE(vocabulary, merges, ignore_merges=kind.whole_words)
+    except Exception as error:  # `tokenizers` raises nothing narrower
+      raise InputError(f"{self.path}: merges that do not fit the tokens: {error}") from None
+    bpe = tokenizers.Tokenizer(bpe)
+    if kind.normalizer is not None:
+      bpe.normalizer = kind.normalizer
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(kind.cut)
     bpe.decoder = decoders.ByteLevel()
     kinds = self._field("tokenizer.ggml.token_type")
     added = lambda kind: [t for t, k in zip(tokens, kinds) if k == kind]

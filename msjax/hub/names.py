@@ -92,6 +92,38 @@ def _layer_shape(name: str, part: tuple[int, ...]) -> tuple[int, ...]:
   return math.prod(part) // inputs, inputs
 
 
+def check(shapes: Mapping[str, tuple[int, ...]], like: Params, where: str) -> tuple[str, ...]:
+  """Checks a checkpoint before any of it is read; returns the tensors that nothing takes.
+
+  Args:
+    shapes: of its tensors, by name.
+    like: parameters, or their shapes.
+    where: names the checkpoint in errors.
+
+  Raises:
+    InputError: a tensor is missing, has another shape, or belongs to another model of the family.
+  """
+  unused = dict.fromkeys(sorted(shapes))
+  for tensor in tensors(like):
+    if tensor.name not in shapes:
+      raise InputError(f"{where}: {tensor.name} is missing; expected shape {tensor.shape}")
+    if shapes[tensor.name] != tensor.shape:
+      raise InputError(
+        f"{where}: {tensor.name}: shape {shapes[tensor.name]}; expected {tensor.shape}"
+      )
+    del unused[tensor.name]
+  for name in unused:
+    if _is_known(name) and name != HEAD:  # a tied head may be there twice
+      raise InputError(f"{where}: {name} is there, but config.json describes a model without")
+  return tuple(unused)
+
+
+def _is_known(name: str) -> bool:
+  """Whether a tensor has a place in some model of these families."""
+  layer, _, rest = name.removeprefix("model.layers.").partition(".")
+  return name in _OUTER.values() or (layer.isdigit() and rest in _LAYER.values())
+
+
 def read_params(weights: Mapping[str, np.ndarray], like: Params) -> Params:
   """Reads float32 parameters straight into their shards.
 
@@ -100,10 +132,7 @@ def read_params(weights: Mapping[str, np.ndarray], like: Params) -> Params:
 
   Args:
     weights: tensors by their names at Hugging Face.
-    like: `jax.ShapeDtypeStruct`s with shardings.
-
-  Raises:
-    InputError: a tensor is missing or has another shape.
+    like: `jax.ShapeDtypeStruct`s with shardings; `check` says whether the tensors fit them.
   """
   parts = itertools.groupby(tensors(like), key=lambda tensor: tensor.path)
   leaves = [_read(weights, leaf, list(p)) for leaf, (_, p) in zip(jax.tree.leaves(like), parts)]
@@ -119,9 +148,8 @@ def _read(weights, leaf: jax.ShapeDtypeStruct, parts: list[Tensor]) -> jax.Array
   shards = {b: _aligned(tuple(stop - start for start, stop in b)) for b in bounds.values()}
   for tensor in parts:
     places = [place for b, shard in shards.items() if (place := _place(b, shard, tensor))]
-    found = tensor.to_msjax(_checked(weights, tensor)) if places else None
-    for shard, index in places:
-      shard[...] = found[index]
+    if places:
+      _fill(places, tensor.to_msjax(weights[tensor.name]))
   arrays = [jax.device_put(shards[b], device) for device, b in bounds.items()]
   return jax.make_array_from_single_device_arrays(leaf.shape, leaf.sharding, arrays)
 
@@ -135,13 +163,10 @@ def _place(bounds, shard: np.ndarray, tensor: Tensor) -> tuple[np.ndarray, tuple
   return (shard[tensor.layer - first], index[1:]) if first <= tensor.layer < end else None
 
 
-def _checked(weights: Mapping[str, np.ndarray], tensor: Tensor) -> np.ndarray:
-  found = weights.get(tensor.name)
-  if found is None:
-    raise InputError(f"{weights}: {tensor.name} is missing; expected shape {tensor.shape}")
-  if found.shape != tensor.shape:
-    raise InputError(f"{weights}: {tensor.name}: shape {found.shape}; expected {tensor.shape}")
-  return found
+def _fill(places: list[tuple[np.ndarray, tuple]], found: np.ndarray) -> None:
+  """Copies the parts of a tensor to their places."""
+  for shard, index in places:
+    shard[...] = found[index]
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:

@@ -28,10 +28,16 @@ SIDE_FILES = (
   "vocab.json",
 )
 _CODES = {"float32": "F32", "bfloat16": "BF16"}
+_READ = ("F64", "F32", "F16", "BF16")
 
 
 class Folder(Mapping[str, np.ndarray]):
-  """Tensors by name, from one safetensors file or several, and what lies beside them."""
+  """Tensors by name, from one safetensors file or several, and what lies beside them.
+
+  Attributes:
+    path: of the folder.
+    shapes: of the tensors, by name.
+  """
 
   def __init__(self, path: pathlib.Path):
     """Looks into every file; reads no tensor.
@@ -43,12 +49,13 @@ class Folder(Mapping[str, np.ndarray]):
     self.path = path
     self._config = _read_json(path / "config.json")
     index = _index(path)
+    self.shapes: dict[str, tuple[int, ...]] = {}
     self._where: dict[str, str] = {}
     for file in _file_names(path, index):
-      for tensor in _names(path / file):
+      for tensor, shape in _shapes(path / file).items():
         if tensor in self._where:
           raise InputError(f"{path}: {tensor} stands in {self._where[tensor]} and in {file}")
-        self._where[tensor] = file
+        self._where[tensor], self.shapes[tensor] = file, shape
     for tensor, file in (index or {}).items():
       if self._where.get(tensor) != file:
         raise InputError(f"{path / file}: lacks {tensor}, which {INDEX} says is there")
@@ -57,6 +64,8 @@ class Folder(Mapping[str, np.ndarray]):
     """Reads a tensor; bfloat16 comes as ml_dtypes'."""
     # Opened anew each time: a file that stays mapped fills memory with what was read of it.
     with safetensors.safe_open(self.path / self._where[name], "np") as file:
+      if (dtype := file.get_slice(name).get_dtype()) not in _READ:
+        raise InputError(f"{self.path}: {name} is of {dtype}; expected one of {', '.join(_READ)}")
       return file.get_tensor(name)
 
   def __iter__(self) -> Iterator[str]:
@@ -125,7 +134,8 @@ def write_safetensors(path: pathlib.Path, parts: Sequence[Part], dtype: np.dtype
   with open(path, "wb") as file:
     file.write(struct.pack("<Q", len(head)) + head)
     for part in parts:
-      np.ascontiguousarray(part.read(), dtype).tofile(file)
+      # Not tofile, which keeps quiet about a disk that is full at its last bytes.
+      file.write(np.ascontiguousarray(part.read(), dtype).reshape(-1).view(np.uint8))
     file.flush()
     os.fsync(file.fileno())
 
@@ -136,8 +146,8 @@ def _index(folder: pathlib.Path) -> dict[str, str] | None:
   if not path.exists():
     return None
   try:
-    return json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-  except (ValueError, KeyError, TypeError):
+    return {t: str(file) for t, file in json.loads(path.read_bytes())["weight_map"].items()}
+  except (ValueError, KeyError, TypeError, AttributeError):
     raise InputError(f"{path}: is no index; expected JSON with a weight_map") from None
 
 
@@ -148,11 +158,11 @@ def _file_names(folder: pathlib.Path, index: dict[str, str] | None) -> list[str]
   return sorted(set(names))
 
 
-def _names(path: pathlib.Path) -> list[str]:
-  """Names of a file's tensors."""
+def _shapes(path: pathlib.Path) -> dict[str, tuple[int, ...]]:
+  """Shapes of a file's tensors, by name."""
   try:
     with safetensors.safe_open(path, "np") as file:
-      return list(file.keys())
+      return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
   except FileNotFoundError:
     raise InputError(f"{path}: not found, but {INDEX} names it") from None
   except (safetensors.SafetensorError, OSError) as error:
@@ -161,8 +171,11 @@ def _names(path: pathlib.Path) -> list[str]:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
+    found = json.loads(path.read_text(encoding="utf-8"))
+  except (FileNotFoundError, NotADirectoryError):
     raise InputError(f"{path}: not found; expected a Hugging Face checkpoint there") from None
   except ValueError as error:
     raise InputError(f"{path}: is no JSON: {error}") from None
+  if not isinstance(found, dict):
+    raise InputError(f"{path}: holds {str(found)[:40]!r}; expected a JSON object")
+  return found

@@ -53,7 +53,10 @@ class HfTokenizer(Tokenizer):
 
     self.end_id = self._known(END_NAMES) if end is None else self._chosen("end", end)
     if self.end_id is None:
-      raise InputError(f"end: the vocabulary has none of {', '.join(END_NAMES)}; give end=TOKEN")
+      raise InputError(
+        f"end: the vocabulary has none of {', '.join(END_NAMES)}; "
+        "give --end=TOKEN (or config.data.end)"
+      )
     pad = self._known(PAD_NAMES)
     self.pad_id = self.end_id if pad is None else pad
     self._unknown_id = self._find_unknown(data["model"])  # before anything is encoded

@@ -4,8 +4,10 @@ A checkpoint appears under its step number only when it is whole (Orbax writes t
 and renames), so whatever kills a run, the last one that stands is good.
 """
 
+import contextlib
 import functools
 import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -95,13 +97,8 @@ class Checkpoints:
       self._attempt(writing.result)
 
   def _attempt(self, act):
-    try:
+    with _told(f"a checkpoint could not be written to {self.directory}", self.latest_path):
       return act()
-    except Exception as error:
-      raise RunError(
-        f"a checkpoint could not be written to {self.directory}: {_first_line(error)}; "
-        f"last good checkpoint: {self.latest_path()}"
-      ) from error
 
   def restore(self, abstract: TrainState, data: Any) -> TrainState:
     """Returns the latest state and moves the data iterator to where it was then.
@@ -127,11 +124,8 @@ def save_params(directory: pathlib.Path, params: Params) -> None:
   """Writes parameters alone, as the checkpoint of step 0: what no step has made."""
   context = _by_layers()
   context.array.saving.use_ocdbt = False  # whose one transaction would hold all of them
-  try:
-    with context:
-      ocp.save_checkpointables((directory / "0").absolute(), {"params": params})
-  except OSError as error:
-    raise RunError(f"{directory}: cannot be written: {error.strerror or error}") from error
+  with _told(f"{directory}: parameters could not be written"), context:
+    ocp.save_checkpointables((directory / "0").absolute(), {"params": params})
 
 
 def load_params(
@@ -148,7 +142,8 @@ def load_params(
   logging.info("reading parameters from %s", path)
   if abstract is None:
     abstract = ocp.metadata(path, "params").metadata
-  return ocp.load_checkpointables(path, {"params": placed(abstract)})["params"]
+  with _told(f"{path}: parameters could not be read"):
+    return ocp.load_checkpointables(path, {"params": placed(abstract)})["params"]
 
 
 def open_params(directory: pathlib.Path, step: int | str = "latest") -> Params:
@@ -165,8 +160,11 @@ def open_params(directory: pathlib.Path, step: int | str = "latest") -> Params:
 
   def opened(keys, _) -> tensorstore.TensorStore:
     name = ".".join(key.key for key in keys)
-    spec = {"driver": "zarr3", "kvstore": {**store, "path": f"{store.get('path', '')}{name}/"}}
-    return tensorstore.open(spec).result()
+    kvstore = {**store, "path": f"{store.get('path', '')}{name}/"}
+    # A chunk that is not there is an error, not zeros.
+    spec = {"driver": "zarr3", "kvstore": kvstore, "fill_missing_data_reads": False}
+    with _told(f"{path}: parameters could not be read"):
+      return tensorstore.open(spec).result()
 
   return jax.tree_util.tree_map_with_path(opened, ocp.metadata(path, "params").metadata)
 
@@ -214,12 +212,12 @@ def _best(directory: pathlib.Path) -> int:
 
 def default_device() -> jax.sharding.Sharding:
   """Returns the place of every array that is restored."""
-  return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
-def placed(abstract: Any) -> Any:
-  """Says of `jax.ShapeDtypeStruct`s where each array is to lie."""
-  place = default_device()
+def placed(abstract: Any, place: jax.sharding.Sharding | None = None) -> Any:
+  """Says of `jax.ShapeDtypeStruct`s where each array is to lie; by default where all do."""
+  place = place or default_device()
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
 
 
@@ -227,6 +225,16 @@ def saved_steps(directory: pathlib.Path) -> list[int]:
   """Steps of the whole checkpoints in a directory, which may not exist; temporary names differ."""
   names = (p.name for p in directory.iterdir()) if directory.is_dir() else ()
   return sorted(int(name) for name in names if name.isdigit())
+
+
+@contextlib.contextmanager
+def _told(what: str, last_good: Callable[[], str] | None = None) -> Iterator[None]:
+  """Turns whatever Orbax and TensorStore raise into one line."""
+  try:
+    yield
+  except Exception as error:
+    last = f"; last good checkpoint: {last_good()}" if last_good else ""
+    raise RunError(f"{what}: {_first_line(error)}{last}") from error
 
 
 def _first_line(error: BaseException) -> str:
