@@ -17,22 +17,12 @@ _BASE = "runs/smollm2"
 
 
 def get_config():
-  config = (
-    WorkDir(_BASE)
-    .config()
-    .changed(
-      {
-        "workdir": "runs/smollm2_chat",
-        "init_from": _BASE,
-        "data.train": f"{_BASE}/train.jsonl",
-        "data.valid": f"{_BASE}/valid.jsonl",
-        "data.rows": 256,
-        "data.pack": True,
-        "loss.silence_weight": 0.3,
-        "report": "likelihood",
-      }
-    )
-  )
+  config = WorkDir(_BASE).config()
+  config.workdir, config.init_from = "runs/smollm2_chat", _BASE
+  config.data.train, config.data.valid = f"{_BASE}/train.jsonl", f"{_BASE}/valid.jsonl"
+  config.data.rows, config.data.pack = 256, True
+  config.loss.silence_weight = 0.3
+  config.report = "likelihood"
   config.optim = OptimConfig(
     learning_rate=2e-4,
     stream_learning_rate=2e-3,
