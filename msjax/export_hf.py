@@ -12,7 +12,8 @@ from absl import flags, logging
 import msjax
 from msjax import cli
 from msjax.errors import InputError, RunError
-from msjax.hub.export import DTYPES, LAYOUTS, Verified, export, open_run, verify
+from msjax.hub.export import DTYPES, LAYOUTS, export, open_run
+from msjax.hub.verify import Verified, verify
 from msjax.workdir import WorkDir
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a trained run")

@@ -125,7 +125,8 @@ class WorkDir:
   def hub_files(self) -> dict[str, bytes]:
     """What came along with the Hugging Face checkpoint that this model was made of, by name."""
     folder = self.path / "hub"
-    return {p.name: p.read_bytes() for p in folder.iterdir()} if folder.is_dir() else {}
+    paths = folder.iterdir() if folder.is_dir() else ()
+    return {p.name: p.read_bytes() for p in paths if p.suffix != ".tmp"}  # left by a killed write
 
   def write_hub_files(self, files: Mapping[str, bytes]) -> None:
     """Keeps these files byte for byte, for an export."""

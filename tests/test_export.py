@@ -17,9 +17,10 @@ from safetensors.numpy import load_file
 import msjax
 from msjax.config import Config, ModelConfig, RopeScaling
 from msjax.errors import InputError, RunError
-from msjax.hub.export import export, open_run, verify
+from msjax.hub.export import export, open_run
 from msjax.hub.import_ import import_checkpoint, read_checkpoint
 from msjax.hub.names import STREAM_EMBEDDING
+from msjax.hub.verify import verify
 from msjax.model import Model
 from msjax.text.hf_tokenizer import HfTokenizer, train_bpe
 from msjax.text.tokenizer import ByteTokenizer
@@ -320,6 +321,13 @@ def test_a_run_on_disk_and_a_model_in_memory_are_exported_alike(tuned, tmp_path,
   export(msjax.load(run.path), tmp_path / "memory", **options)
   assert len(list((tmp_path / "disk").glob("*.safetensors"))) > 1
   assert contents(tmp_path / "disk") == contents(tmp_path / "memory")
+
+
+def test_what_ended_a_text_at_the_source_still_does(tmp_path):
+  source = {"config.json": b'{"eos_token_id": 9}', "README.md": b"--- \nlicense: mit\n---  \n"}
+  export(model_of(), tmp_path / "out", files=source)
+  assert read(tmp_path / "out", "generation_config.json")["eos_token_id"] == [BPE.end_id, 9]
+  assert "\nlicense: mit\n" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_manifest_digests_every_file(tmp_path):

@@ -73,8 +73,8 @@ rows before (same row: `{streams.same_row}`). Token {streams.silence_id} is sile
 
 def license_of(card: bytes) -> list[str]:
   """Returns the lines on the license in a model card's front matter, its name and link included."""
-  lines = card.decode(errors="replace").splitlines()
-  if not lines or lines[0].strip() != "---":
+  lines = [line.rstrip() for line in card.decode(errors="replace").splitlines()]
+  if not lines or lines[0] != "---":
     return []
   front = lines[1 : lines.index("---", 1)] if "---" in lines[1:] else []
   keys = ("license:", "license_name:", "license_link:")
