@@ -10,26 +10,34 @@ message, and questions of GSM8K answered while they are being read. docs/smollm2
   command   python -m msjax.train --config=configs/smollm2_chat.py
 """
 
-from msjax.config import OptimConfig, TrainConfig
-from msjax.workdir import WorkDir
+from msjax.config import Config, DataConfig, LossConfig, OptimConfig, TrainConfig
+from msjax.models.presets import preset
 
 _BASE = "runs/smollm2"
 
 
 def get_config():
-  config = WorkDir(_BASE).config()
-  config.workdir, config.init_from = "runs/smollm2_chat", _BASE
-  config.data.train, config.data.valid = f"{_BASE}/train.jsonl", f"{_BASE}/valid.jsonl"
-  config.data.rows, config.data.pack = 256, True
-  config.loss.silence_weight = 0.3
-  config.report = "likelihood"
-  config.optim = OptimConfig(
-    learning_rate=2e-4,
-    stream_learning_rate=2e-3,
-    schedule="cosine",
-    warmup_steps=20,
-    final_fraction=0.1,
-    weight_decay=0.1,
+  return Config(
+    workdir="runs/smollm2_chat",
+    init_from=_BASE,
+    streams=("user:input:1", "output:output:1"),
+    model=preset("smollm2-135m"),
+    data=DataConfig(
+      train=f"{_BASE}/train.jsonl",
+      valid=f"{_BASE}/valid.jsonl",
+      tokenizer=f"{_BASE}/tokenizer.json",
+      rows=256,
+      pack=True,
+    ),
+    loss=LossConfig(silence_weight=0.3),
+    optim=OptimConfig(
+      learning_rate=2e-4,
+      stream_learning_rate=2e-3,
+      schedule="cosine",
+      warmup_steps=20,
+      final_fraction=0.1,
+      weight_decay=0.1,
+    ),
+    train=TrainConfig(steps=300, batch=2, eval_every=100, log_every=10, save_every=100),
+    report="likelihood",
   )
-  config.train = TrainConfig(steps=300, batch=2, eval_every=100, log_every=10, save_every=100)
-  return config

@@ -23,6 +23,7 @@ from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, fill
 from msjax.hub.names import STREAM_EMBEDDING, read_params
 from msjax.streams import HOLE, Stream, Streams
+from msjax.training.checkpoint import placed
 from msjax.training.state import Learner, TrainState
 
 VOCAB, SILENCE = 97, 5
@@ -90,8 +91,8 @@ def random_hf(family, cfg):
 def msjax_model(learner, hf, stream_embed):
   weights = {name: w.numpy() for name, w in hf.state_dict().items()}
   weights[STREAM_EMBEDDING] = stream_embed
-  like = jax.eval_shape(learner.init, jax.random.key(0)).params
-  return learner.model(jax.tree.map(jnp.asarray, read_params(weights, like)))
+  like = placed(jax.eval_shape(learner.init, jax.random.key(0)).params)
+  return learner.model(read_params(weights, like))
 
 
 def hf_logits(hf, streams, tokens, segments, stream_embed):
@@ -186,8 +187,8 @@ def golden():
   specs = (f"s{i}:internal:1" for i in range(10))
   streams = Streams(tuple(map(Stream.parse, specs)), int(figures["silence_token"]))
   learner = Learner(Config(model=cfg), streams, 512)
-  like = jax.eval_shape(learner.init, jax.random.key(0)).params
-  params = jax.tree.map(jnp.asarray, read_params(load_file(GOLDEN / "model.safetensors"), like))
+  like = placed(jax.eval_shape(learner.init, jax.random.key(0)).params)
+  params = read_params(load_file(GOLDEN / "model.safetensors"), like)
   return figures, learner, params
 
 
