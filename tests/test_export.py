@@ -323,6 +323,22 @@ def test_a_run_on_disk_and_a_model_in_memory_are_exported_alike(tuned, tmp_path,
   assert contents(tmp_path / "disk") == contents(tmp_path / "memory")
 
 
+@pytest.mark.parametrize("end_token", [False, True])
+def test_messages_end_as_they_did_in_training(tmp_path, end_token):
+  model = model_of()
+  model.config.data.end_token = end_token
+  export(model, tmp_path / "out")
+  rows = msjax.load(tmp_path / "out").generate({"user": "to"}, rows=9)
+  assert any(row.tokens["user"] == BPE.end_id for row in rows) == end_token
+
+
+def test_the_card_tells_of_training_where_there_was_any(tmp_path):
+  for step in (0, 7):
+    export(model_of(), tmp_path / str(step), step=step)
+  cards = [(tmp_path / name / "README.md").read_text() for name in ("0", "7")]
+  assert ["## Training" in card for card in cards] == [False, True]
+
+
 def test_what_ended_a_text_at_the_source_still_does(tmp_path):
   source = {"config.json": b'{"eos_token_id": 9}', "README.md": b"--- \nlicense: mit\n---  \n"}
   export(model_of(), tmp_path / "out", files=source)

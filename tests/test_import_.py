@@ -217,7 +217,7 @@ def test_a_hub_id_is_downloaded_without_what_msjax_does_not_read(plain, monkeypa
 
 def test_a_hub_that_cannot_be_reached_is_told_in_one_line(monkeypatch):
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-  told = r"^nobody/has-this: no such folder, and the hub gave no model of that name: \S.*$"
+  told = r"^nobody/has-this: no such folder; taken for an id of the hub: \S.*$"
   with pytest.raises(InputError, match=told) as raised:
     fetched("nobody/has-this")
   assert "\n" not in str(raised.value)
@@ -228,9 +228,7 @@ def test_whatever_befalls_a_download_is_told_in_one_line(monkeypatch):
     raise RuntimeError("\n401 Client Error.\nRequest ID: 5\n")
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  told = (
-    "nobody/has-this: no such folder, and the hub gave no model of that name: 401 Client Error."
-  )
+  told = "nobody/has-this: no such folder; taken for an id of the hub: 401 Client Error."
   with pytest.raises(InputError) as raised:
     fetched("nobody/has-this")
   assert str(raised.value) == told
@@ -332,6 +330,8 @@ def test_the_rule_of_an_export_holds_until_another_is_given(plain, tmp_path):
   export(Model(*made[:4]), tmp_path / "out")
   rule = lambda streams: (streams.same_row, streams.skip_silence, streams.silence_id)
   assert rule(read(tmp_path / "out", "a:input", "b:output").streams) == ("inputs", True, silence)
+  with pytest.raises(InputError, match="out: has the streams user, output; expected as many names"):
+    read(tmp_path / "out", "user:input")
   other = read(tmp_path / "out", same_row="visible", skip_silence=False)
   assert other.streams.names == ("user", "output")
   assert rule(other.streams) == ("visible", False, silence)

@@ -263,7 +263,8 @@ def test_a_run_is_stopped_goes_on_and_reports(place):
   process.send_signal(signal.SIGINT)
   _, log = process.communicate(timeout=DEADLINE)
   assert process.returncode == 42
-  (line,) = complaints(log)
+  acknowledged, line = complaints(log)
+  assert acknowledged == "stopping: this step is taken and saved first"
   (step,) = re.fullmatch(
     r"msjax.train: stopped: by a signal, saved at step (\d+); run again to go on", line
   ).groups()

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(FOLDER)
 model = AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
-text = tokenizer.encode("Hello!", add_special_tokens=False) + [tokenizer.eos_token_id]
+end = [tokenizer.eos_token_id] if model.config.msjax["end_token"] else []  # as in training
+text = tokenizer.encode("Hello!", add_special_tokens=False) + end
 rows = model.generate_streams({{{stream!r}: text}}, rows=32)
-for row in rows:  # token id by stream; rows.send({{name: ids}}) puts in a word while it runs
+for row in rows:  # rows.send({{name: ids}}) puts in a word and returns the next row
   print({{name: tokenizer.decode(id) for name, id in row.items()}})
 ```
 Without `trust_remote_code` it loads as the plain language model that it was made of; the tensor
@@ -30,6 +31,14 @@ Laid out for the code of the official release of multi-stream models.
 }
 
 
+_TRAINING = """
+## Training
+```json
+{}
+```
+"""
+
+
 def write(
   license_: list[str], layout: str, streams: Streams, stream: str, training: dict[str, Any]
 ) -> str:
@@ -40,7 +49,7 @@ def write(
     layout: of the export.
     streams: of the model.
     stream: the one that is folded in, or else one that reads.
-    training: the run's config.
+    training: the run's config; nothing where it was not trained.
   """
   lines = [
     *license_,
@@ -63,12 +72,7 @@ rows before (same row: `{streams.same_row}`). Token {streams.silence_id} is sile
 
 ## Use
 {_USE[layout].format(stream=stream).strip()}
-
-## Training
-```json
-{json.dumps(training, indent=2)}
-```
-"""
+{_TRAINING.format(json.dumps(training, indent=2)) if training else ""}"""
 
 
 def license_of(card: bytes) -> list[str]:

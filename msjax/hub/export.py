@@ -109,7 +109,7 @@ def export(
       (temporary / name).write_bytes(content)
     if layout == "stream":
       shutil.copyfile(_REMOTE_CODE, temporary / _REMOTE_CODE.name)
-    (temporary / "README.md").write_text(_card(run, layout, stream, files), encoding="utf-8")
+    (temporary / "README.md").write_text(_card(run, layout, stream, files, step), encoding="utf-8")
     made = {"layout": layout, "stream": stream, "dtype": dtype, "step": step}
     write_json(temporary / MANIFEST, _manifest(temporary, made))
     os.rename(temporary, target)
@@ -152,7 +152,7 @@ def _config(run: Exportable, layout: str, files: Mapping[str, bytes]) -> dict[st
   if layout == "folded":
     return hf | {"tie_word_embeddings": False}
   hf |= {"num_channels": len(run.streams), "channel_embedding_method": "additive"}
-  hf |= {"msjax": run.streams.to_json()}
+  hf |= {"msjax": {**run.streams.to_json(), "end_token": run.config.data.end_token}}
   if layout == "reference":
     return hf | {"role_gating_enabled": False, "medusa_num_heads": 0, "medusa_num_layers": 0}
   stream_class = f"{_REMOTE_CODE.stem}.Stream{hf['architectures'][0]}"
@@ -184,7 +184,8 @@ def _check_reference(run: Exportable) -> None:
   if run.streams.same_row != "hidden" or run.streams.skip_silence:
     raise InputError(
       f"layout reference: same_row={run.streams.same_row}, skip_silence="
-      f"{run.streams.skip_silence}; the official release computes hidden and False by itself"
+      f"{run.streams.skip_silence}; the official release computes hidden and False; "
+      "train with --config.same_row=hidden"
     )
   silence, tokenizer = run.tokenizer.silence_id, run.tokenizer
   is_hf = isinstance(tokenizer, HfTokenizer)
@@ -236,15 +237,18 @@ def _tokenizer_files(tokenizer: Tokenizer, files: Mapping[str, bytes]) -> dict[s
   return kept
 
 
-def _card(run: Exportable, layout: str, stream: str | None, files: Mapping[str, bytes]) -> str:
+def _card(
+  run: Exportable, layout: str, stream: str | None, files: Mapping[str, bytes], step: int | None
+) -> str:
   reading = [*run.streams.of_kind("input"), 0][0]
   training = run.config.to_json()
+  parts = ("same_row", "skip_silence", "loss", "optim", "train") if step else ()
   return card.write(
     card.license_of(files.get("README.md", b"")),
     layout,
     run.streams,
     stream or run.streams.names[reading],
-    {name: training[name] for name in ("same_row", "skip_silence", "loss", "optim", "train")},
+    {name: training[name] for name in parts},
   )
 
 

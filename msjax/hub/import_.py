@@ -83,9 +83,7 @@ def fetched(source: str) -> pathlib.Path:
     found = huggingface_hub.snapshot_download(source, allow_patterns=files, ignore_patterns=others)
   except Exception as error:  # of many libraries: the hub's, the network's
     reason = str(error).strip().partition("\n")[0]
-    raise InputError(
-      f"{source}: no such folder, and the hub gave no model of that name: {reason}"
-    ) from None
+    raise InputError(f"{source}: no such folder; taken for an id of the hub: {reason}") from None
   return pathlib.Path(found)
 
 
@@ -130,13 +128,21 @@ def read_checkpoint(
     same_row = known.same_row if same_row is None else same_row
     skip_silence = known.skip_silence if skip_silence is None else skip_silence
     silence = known.silence_id if silence is None else silence
+    if len(streams) != len(known):
+      raise InputError(
+        f"{source}: has the streams {', '.join(known.names)}; expected as many names, or none"
+      )
   tokenizer = _tokenizer(opened, silence, end, model.vocab_size)
   config = Config(
     streams=tuple(streams or _default_streams(opened.shapes)),
     same_row=same_row or "hidden",
     skip_silence=bool(skip_silence),
     model=model,
-    data=DataConfig(silence=tokenizer.name(tokenizer.silence_id), end=end or ""),
+    data=DataConfig(
+      silence=tokenizer.name(tokenizer.silence_id),
+      end=end or "",
+      end_token=hf.get("msjax", {}).get("end_token", True),
+    ),
   )
   stream_set = config.stream_set(tokenizer.silence_id)
   learner = Learner(config, stream_set, tokenizer.vocab_size)

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+import os
 import signal
 import threading
 import time
@@ -246,7 +247,7 @@ def _jitted(learner: Learner):
 def _stop_signals() -> Iterator[threading.Event]:
   """An event that SIGTERM and Ctrl-C set; a second one takes effect as ever.
 
-  Their handler does no more: it may run in the middle of a log line, whose locks it would need.
+  Their handler logs nothing: it may run in the middle of a log line, whose locks it would need.
   """
   asked = threading.Event()
   if threading.current_thread() is not threading.main_thread():
@@ -256,6 +257,7 @@ def _stop_signals() -> Iterator[threading.Event]:
 
   def ask(number, _):
     asked.set()
+    os.write(2, b"stopping: this step is taken and saved first\n")
     signal.signal(number, before[number])
 
   for s in before:
