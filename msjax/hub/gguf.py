@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
 
 from msjax.errors import InputError
 from msjax.hub.config import FAMILIES
+from msjax.hub.weights import Tensors
 
 _OUTER = {
   "token_embd.weight": "model.embed_tokens.weight",
@@ -67,13 +67,8 @@ _KINDS = {
 }
 
 
-class Gguf(Mapping[str, np.ndarray]):
-  """Tensors by their Hugging Face names, dequantised to float32 when they are asked for.
-
-  Attributes:
-    path: of the file.
-    shapes: of the tensors, by name.
-  """
+class Gguf(Tensors):
+  """Those of a GGUF file, dequantised to float32."""
 
   def __init__(self, path: pathlib.Path):
     """Opens a file; needs the package `gguf`.
@@ -117,18 +112,6 @@ class Gguf(Mapping[str, np.ndarray]):
     # llama.cpp keeps the two halves of a rotary pair side by side.
     pairs = array.reshape(self._field(f"llama.{of_heads}"), -1, 2, *array.shape[1:])
     return pairs.swapaxes(1, 2).reshape(array.shape)
-
-  def __iter__(self) -> Iterator[str]:
-    """Yields the names."""
-    return iter(self._tensors)
-
-  def __len__(self) -> int:
-    """Returns how many there are."""
-    return len(self._tensors)
-
-  def __repr__(self) -> str:
-    """Names the file."""
-    return str(self.path)
 
   def _field(self, name: str, *default):
     field = self._reader.fields.get(name)

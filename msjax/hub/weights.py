@@ -31,13 +31,32 @@ _CODES = {"float32": "F32", "bfloat16": "BF16"}
 _READ = ("F64", "F32", "F16", "BF16")
 
 
-class Folder(Mapping[str, np.ndarray]):
-  """Tensors by name, from one safetensors file or several, and what lies beside them.
+class Tensors(Mapping[str, np.ndarray]):
+  """Tensors by their Hugging Face names, each read when it is asked for.
 
   Attributes:
-    path: of the folder.
+    path: of the folder or the file.
     shapes: of the tensors, by name.
   """
+
+  path: pathlib.Path
+  shapes: dict[str, tuple[int, ...]]
+
+  def __iter__(self) -> Iterator[str]:
+    """Yields the names."""
+    return iter(self.shapes)
+
+  def __len__(self) -> int:
+    """Returns how many there are."""
+    return len(self.shapes)
+
+  def __repr__(self) -> str:
+    """Names the place."""
+    return str(self.path)
+
+
+class Folder(Tensors):
+  """Those of one safetensors file or several, and what lies beside them."""
 
   def __init__(self, path: pathlib.Path):
     """Looks into every file; reads no tensor.
@@ -49,7 +68,7 @@ class Folder(Mapping[str, np.ndarray]):
     self.path = path
     self._config = _read_json(path / "config.json")
     index = _index(path)
-    self.shapes: dict[str, tuple[int, ...]] = {}
+    self.shapes = {}
     self._where: dict[str, str] = {}
     for file in _file_names(path, index):
       for tensor, shape in _shapes(path / file).items():
@@ -67,18 +86,6 @@ class Folder(Mapping[str, np.ndarray]):
       if (dtype := file.get_slice(name).get_dtype()) not in _READ:
         raise InputError(f"{self.path}: {name} is of {dtype}; expected one of {', '.join(_READ)}")
       return file.get_tensor(name)
-
-  def __iter__(self) -> Iterator[str]:
-    """Yields the names."""
-    return iter(self._where)
-
-  def __len__(self) -> int:
-    """Returns how many there are."""
-    return len(self._where)
-
-  def __repr__(self) -> str:
-    """Names the folder."""
-    return str(self.path)
 
   def config(self) -> dict[str, Any]:
     """Returns config.json."""
