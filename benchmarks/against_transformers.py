@@ -25,7 +25,7 @@ from rich.table import Table
 
 from msjax import cli
 from msjax.config import Config, ModelConfig, OptimConfig
-from msjax.decoding.cache import Unrolled
+from msjax.decoding.prepared import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode
 from msjax.errors import InputError, RunError
 from msjax.hub.names import STREAM_EMBEDDING, read_params

@@ -16,8 +16,8 @@ from absl import logging
 from flax import nnx
 
 from msjax.config import Config, LossConfig
-from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode
+from msjax.decoding.prepared import prepare
 from msjax.errors import InputError, nearest
 from msjax.hub import import_ as hub
 from msjax.streams import HOLE, Streams
@@ -53,7 +53,7 @@ class Model:
     self.module = Learner(config, streams, tokenizer.vocab_size).model(params)
     self._logits = jax.jit(lambda model, tokens: model.logits(model(tokens), tokens))
     self._losses = functools.cache(self._compiled_loss)
-    self._unrolled = None
+    self._prepared = None
 
   def __repr__(self) -> str:
     """Says what it is in one line."""
@@ -158,9 +158,9 @@ class Model:
 
     The first call makes a second copy of the parameters, cut up for decoding, and keeps it.
     """
-    if self._unrolled is None:
-      self._unrolled = Unrolled.of(self.module)
-    return Decoder(self._unrolled, batch, temperature, seed, rows)
+    if self._prepared is None:
+      self._prepared = prepare(self.module)
+    return Decoder(self._prepared, batch, temperature, seed, rows)
 
   def generate(
     self,

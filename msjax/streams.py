@@ -174,11 +174,11 @@ class Streams:
     One where the target sees the source in its own row, or is the source; two elsewhere.
     """
     place = self.order.index
-    seen = source == target or place(source) < self._seen_of_own_row[place(target)]
+    seen = source == target or place(source) < self.seen_of_own_row[place(target)]
     return 1 if seen else 2
 
   @property
-  def _seen_of_own_row(self) -> np.ndarray:
+  def seen_of_own_row(self) -> np.ndarray:
     """How many cells of its own row, from the first on, the cell in each place sees; int32 [S]."""
     S = len(self)
     return {
@@ -223,6 +223,31 @@ class Streams:
     rows = jnp.arange(tokens.shape[1]) - _segment_start(tokens, segments)
     return jnp.broadcast_to(rows[..., None], tokens.shape).astype(jnp.int32)
 
+  def check_positions(
+    self, positions: np.ndarray, tokens: np.ndarray, segments: np.ndarray | None = None
+  ) -> None:
+    """Refuses positions of another shape, or that run backwards in a stream of a segment.
+
+    Later rows see earlier ones, so a cell that stands after another must not be placed before it.
+    Takes arrays at hand, not traced ones; arguments as for `positions`, [B, R, S].
+    """
+    if positions.shape != tokens.shape:
+      raise InputError(
+        f"positions: shape {positions.shape}; expected {tokens.shape}, as tokens has"
+      )
+    told = np.asarray(tokens) != HOLE
+    start = np.asarray(_segment_start(tokens, segments), np.int64)[..., None]
+    lifted = np.where(told, positions + (start << 32), -1)  # so that segments lie apart
+    before = np.maximum.accumulate(lifted, axis=1)[:, :-1]
+    wrong = np.argwhere(told[:, 1:] & (lifted[:, 1:] < before))
+    if len(wrong):
+      b, r, s = wrong[0].tolist()
+      at = b, r + 1, s
+      raise InputError(
+        f"positions: shape {positions.shape}, {positions[at]} at {at}, less than before; expected "
+        f"them not to run backwards in a stream of a segment"
+      )
+
   def visibility(self, tokens: jax.Array, segments: jax.Array | None = None) -> Visibility:
     """Who sees whom in one pass over whole grids; arguments as for `positions`."""
     rows = jnp.arange(tokens.shape[1])[None]
@@ -253,7 +278,7 @@ class Streams:
     flat = lambda x: jnp.broadcast_to(x, shape).reshape(shape[0], -1).astype(jnp.int32)
     return Visibility(
       start=flat(start_rows[..., None] * S),
-      end=flat(rows[..., None] * S + self._seen_of_own_row),
+      end=flat(rows[..., None] * S + self.seen_of_own_row),
       itself=flat(rows[..., None] * S + place),
       key_ok=key_ok,
     )

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from msjax.config import Config, ModelConfig
-from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode, fill
+from msjax.decoding.prepared import Unrolled
 from msjax.errors import InputError, RunError
 from msjax.kernels import xla
 from msjax.streams import HOLE, Stream, Streams

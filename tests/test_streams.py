@@ -283,3 +283,25 @@ def test_json_of_another_version_is_told():
   data = stream_set("output").to_json()
   with pytest.raises(InputError, match="format_version 99, this msjax reads 1"):
     Streams.from_json({**data, "format_version": 99})
+
+
+# Positions that are given.
+
+TWO = stream_set("input", "output")
+
+
+def test_positions_may_stand_still_jump_and_start_again_in_each_segment():
+  tokens = np.ones((1, 4, 2), np.int32)
+  positions = np.array([[[0, 3], [0, 7], [0, 0], [5, 0]]], np.int32)
+  TWO.check_positions(positions, tokens, np.array([[0, 0, 1, 1]], np.int32))
+
+
+def test_positions_may_not_run_backwards_in_a_segment():
+  tokens = np.ones((1, 3, 2), np.int32)
+  positions = np.array([[[0, 3], [0, 7], [1, 6]]], np.int32)
+  with pytest.raises(InputError, match=r"positions: shape \(1, 3, 2\), 6 at \(0, 2, 1\)"):
+    TWO.check_positions(positions, tokens)
+  tokens[0, 1, 1] = HOLE  # what stands at a hole means nothing
+  TWO.check_positions(positions, tokens)
+  with pytest.raises(InputError, match=r"positions: shape \(1, 2, 2\); expected \(1, 3, 2\)"):
+    TWO.check_positions(positions[:, :2], tokens)

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from msjax.config import Config, ModelConfig, RopeScaling
-from msjax.decoding.cache import Unrolled
 from msjax.decoding.generate import FREE, Decoder, fill
+from msjax.decoding.prepared import Unrolled
 from msjax.hub.names import STREAM_EMBEDDING, read_params
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.checkpoint import placed

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from msjax.decoding.cache import Cache, Unrolled, feed_row
+from msjax.decoding.cache import Cache
+from msjax.decoding.prepared import Prepared, feed_row
 from msjax.decoding.sampling import sample
 from msjax.errors import InputError, RunError
 from msjax.streams import HOLE
@@ -21,7 +22,7 @@ _NOT_FINITE = -3  # in a proposal: there is no likeliest token
 
 @functools.partial(jax.jit, donate_argnames="cache")
 def _tick(
-  model: Unrolled,
+  model: Prepared,
   cache: Cache,
   tokens: jax.Array,
   temperature: jax.Array,
@@ -50,7 +51,7 @@ class Decoder:
 
   def __init__(
     self,
-    model: Unrolled,
+    model: Prepared,
     batch: int = 1,
     temperature: float = 0.0,
     seed: int = 0,
@@ -61,7 +62,7 @@ class Decoder:
     self.model, self.streams = model, model.trunk.streams
     self.temperature = jnp.float32(temperature)
     self.key = jax.random.key(seed)
-    self.cache = Cache.empty(model.trunk, batch, rows)
+    self.cache = model.room(batch, rows)
     self.rows_fed = 0
     self.proposal = jnp.full((batch, len(self.streams)), self.streams.silence_id, jnp.int32)
 

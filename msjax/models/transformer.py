@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from msjax.config import ModelConfig
-from msjax.kernels import xla
+from msjax.kernels import api
 from msjax.models.layers import product, rms_norm, rope_angles, rotate
 from msjax.streams import HOLE, Streams
 
@@ -145,7 +145,7 @@ class Transformer(nnx.Module):
     Args:
       tokens: int32 [B, R, S]; -1 is a hole.
       segments: int32 [B, R] of packed sequences, or None.
-      positions: int32 [B, R, S], or None for the rows of each segment.
+      positions: int32 [B, R, S], or None for the rows of each segment; checked where not traced.
       dropout_key: a key when training with attention dropout, else None.
 
     Returns:
@@ -155,17 +155,18 @@ class Transformer(nnx.Module):
     visibility = streams.visibility(tokens, segments)
     if positions is None:
       positions = streams.positions(tokens, segments)
+    elif not any(isinstance(x, jax.core.Tracer) for x in (positions, tokens, segments)):
+      streams.check_positions(positions, tokens, segments)
     rope = self.rope(streams.to_attention(positions))
     rate = self.cfg.attention_dropout if dropout_key is not None else 0.0
+    attend = api.of_grid(*self._qkv(visibility.start.shape), visibility, streams, rate)
 
     def layer(carry, block):
       x, key = carry
-      dropout = None
+      layer_key = None
       if rate:
         key, layer_key = jax.random.split(key)
-        dropout = xla.Dropout(rate, layer_key)
-      attend = functools.partial(_attend_grid, visibility=visibility, dropout=dropout)
-      return (block(x, rope, attend), key), None
+      return (block(x, rope, functools.partial(_attend_grid, attend, layer_key)), key), None
 
     if self.cfg.remat != "none":
       layer = jax.checkpoint(layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
@@ -201,7 +202,13 @@ class Transformer(nnx.Module):
     """Of activations."""
     if self.cfg.dtype != "auto":
       return jnp.dtype(self.cfg.dtype)
-    return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype("float32" if api.platform() == "cpu" else "bfloat16")
+
+  def _qkv(self, cells: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Queries, keys and values of a layer for [B, L] cells, as the kernels take them."""
+    (B, L), cfg = cells, self.cfg
+    of = lambda heads: jax.ShapeDtypeStruct((B, heads, L, cfg.head_dim), self.dtype)
+    return of(cfg.heads), of(cfg.kv_heads), of(cfg.kv_heads)
 
 
 def read_out(hidden: jax.Array, columns: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -210,8 +217,7 @@ def read_out(hidden: jax.Array, columns: jax.Array, tokens: jax.Array) -> jax.Ar
   return jnp.where((tokens != HOLE)[..., None], logits, 0.0)
 
 
-def _attend_grid(q, k, v, visibility, dropout):
+def _attend_grid(attend, dropout_key, q, k, v):
   """Attention of a whole grid to itself; heads go before cells for the kernel and back."""
   heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-  out = xla.attention(heads_first(q), heads_first(k), heads_first(v), visibility, dropout)
-  return heads_first(out)
+  return heads_first(attend(heads_first(q), heads_first(k), heads_first(v), dropout_key))

@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from msjax.config import Config, ModelConfig
-from msjax.decoding.cache import Cache, Unrolled, feed_row
-from msjax.kernels import xla
+from msjax.decoding.prepared import Stacked, Unrolled, feed_row
+from msjax.kernels import tpu_decode, xla
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.state import Learner
 
@@ -51,12 +51,12 @@ def feed(model, cache, tokens, positions=None):
   return model.logits(hidden, tokens), cache
 
 
-def feed_all(model, cache, tokens, positions=None):
+def feed_all(prepared, cache, tokens, positions=None):
   """Feeds [B, R, S] row by row; returns logits [B, R, S, V] and the cache."""
-  unrolled, logits = Unrolled.of(model), []
+  logits = []
   for r in range(tokens.shape[1]):
     at = None if positions is None else positions[:, r]
-    row, cache = feed(unrolled, cache, tokens[:, r], at)
+    row, cache = feed(prepared, cache, tokens[:, r], at)
     logits.append(row)
   return np.stack(logits, axis=1), cache
 
@@ -97,61 +97,63 @@ def ragged(tokens, *starts):
 def test_rows_are_those_of_a_whole_pass(count, same_row, skip_silence):
   model = random_model(count, same_row=same_row, skip_silence=skip_silence)
   tokens, positions = ragged(random_tokens(3, count), 0, 2, 4)
-  cache = Cache.empty(model, 3, ROWS)
-  ours, cache = feed_all(model, cache, tokens, positions)  # to the last cell there is room for
+  prepared = Unrolled.of(model)
+  cache = prepared.room(3, ROWS)
+  ours, cache = feed_all(prepared, cache, tokens, positions)  # to the last cell there is room for
   np.testing.assert_allclose(ours, whole_pass(model, tokens, positions), atol=1e-4, rtol=0)
   np.testing.assert_array_equal(cache.row, ROWS)
   assert ROWS * count <= cache.capacity < ROWS * count + 4
 
 
 MODEL = random_model(3, same_row="inputs")
+UNROLLED = Unrolled.of(MODEL)
 
 
 def test_sessions_may_be_at_different_rows():
   tokens = random_tokens(2, 3)
   expected = np.asarray(whole_pass(MODEL, tokens))
   caches = [
-    feed_all(MODEL, Cache.empty(MODEL, 1, ROWS), tokens[[b], :fed])[1]
-    for b, fed in enumerate((2, 5))
+    feed_all(UNROLLED, UNROLLED.room(1, ROWS), tokens[[b], :fed])[1] for b, fed in enumerate((2, 5))
   ]
   cache = jax.tree.map(lambda *x: jnp.concatenate(x), *caches)
   np.testing.assert_array_equal(cache.row, [2, 5])
   next_rows = np.stack([tokens[0, 2], tokens[1, 5]])
-  logits, cache = feed(Unrolled.of(MODEL), cache, next_rows)
+  logits, cache = feed(UNROLLED, cache, next_rows)
   np.testing.assert_allclose(logits, [expected[0, 2], expected[1, 5]], atol=1e-4, rtol=0)
   np.testing.assert_array_equal(cache.row, [3, 6])
 
 
 def test_a_cache_grows_on_the_way():
   tokens = random_tokens(2, 3)
-  first, cache = feed_all(MODEL, Cache.empty(MODEL, 2, 2), tokens[:, :2])
+  first, cache = feed_all(UNROLLED, UNROLLED.room(2, 2), tokens[:, :2])
   cache = cache.grown(cache.capacity).grown(cache.capacity)
   assert cache.capacity >= ROWS * 3
-  rest, _ = feed_all(MODEL, cache, tokens[:, 2:])
+  rest, _ = feed_all(UNROLLED, cache, tokens[:, 2:])
   ours = np.concatenate([first, rest], axis=1)
   np.testing.assert_allclose(ours, whole_pass(MODEL, tokens), atol=1e-4, rtol=0)
 
 
 def test_what_another_session_left_behind_is_not_seen():
-  _, used = feed_all(MODEL, Cache.empty(MODEL, 2, ROWS), random_tokens(2, 3, seed=1))
+  _, used = feed_all(UNROLLED, UNROLLED.room(2, ROWS), random_tokens(2, 3, seed=1))
   used = dataclasses.replace(used, row=jnp.zeros_like(used.row))
   tokens = random_tokens(2, 3)
-  ours, _ = feed_all(MODEL, used, tokens)
-  fresh, _ = feed_all(MODEL, Cache.empty(MODEL, 2, ROWS), tokens)
+  ours, _ = feed_all(UNROLLED, used, tokens)
+  fresh, _ = feed_all(UNROLLED, UNROLLED.room(2, ROWS), tokens)
   assert ours.tobytes() == fresh.tobytes()
 
 
 def test_keys_and_values_are_kept_in_the_dtype_of_activations():
   model = random_model(2, dataclasses.replace(TINY, dtype="bfloat16"))
-  cache = Cache.empty(model, 1, ROWS)
-  _, after = jax.eval_shape(feed, Unrolled.of(model), cache, np.zeros((1, 2), np.int32))
+  prepared = Unrolled.of(model)
+  cache = prepared.room(1, ROWS)
+  _, after = jax.eval_shape(feed, prepared, cache, np.zeros((1, 2), np.int32))
   assert {x.dtype for x in (*after.k, *after.v)} == {jnp.dtype(jnp.bfloat16)}
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, cache)
 
 
 def test_unrolling_leaves_the_model_whole():
   before = jax.tree.map(np.array, nnx.to_pure_dict(nnx.state(MODEL)))
-  unrolled = Unrolled.of(MODEL)
+  unrolled = UNROLLED
   assert len(unrolled.layers) == TINY.layers
   assert not hasattr(unrolled.trunk, "layers")
   for i, layer in enumerate(unrolled.layers):
@@ -166,10 +168,63 @@ def test_matrices_are_cast_once_and_norms_are_not():
   assert unrolled.columns.dtype == unrolled.layers[0].attention.q[...].dtype == jnp.bfloat16
   assert unrolled.layers[0].mlp_norm[...].dtype == jnp.float32
   tokens = random_tokens(2, 2)
-  logits, _ = feed_all(model, Cache.empty(model, 2, ROWS), tokens)
+  logits, _ = feed_all(unrolled, unrolled.room(2, ROWS), tokens)
   np.testing.assert_allclose(logits, whole_pass(model, tokens), atol=0.1, rtol=0.05)
 
 
 def test_room_is_made_in_whole_key_blocks():
-  assert Cache.empty(MODEL, 1, 1).capacity == xla.KEY_BLOCK
-  assert Cache.empty(MODEL, 1, xla.KEY_BLOCK).capacity == 3 * xla.KEY_BLOCK
+  assert UNROLLED.room(1, 1).capacity == xla.KEY_BLOCK
+  assert UNROLLED.room(1, xla.KEY_BLOCK).capacity == 3 * xla.KEY_BLOCK
+
+
+# The scan over layers with the decode kernel.
+
+WIDE = dataclasses.replace(TINY, head_dim=64, heads=4, kv_heads=2)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Runs the decode kernel on the CPU."""
+  kernel = functools.partial(tpu_decode.attention, interpret=True)
+  monkeypatch.setattr(tpu_decode, "attention", kernel)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+  ("count", "same_row", "skip_silence"), [(3, "hidden", False), (10, "inputs", True)]
+)
+def test_stacked_rows_are_those_of_a_whole_pass(count, same_row, skip_silence):
+  model = random_model(count, WIDE, same_row=same_row, skip_silence=skip_silence)
+  tokens, positions = ragged(random_tokens(3, count), 0, 2, 4)
+  prepared = Stacked.of(model)
+  ours, cache = feed_all(prepared, prepared.room(3, ROWS), tokens, positions)
+  np.testing.assert_allclose(ours, whole_pass(model, tokens, positions), atol=1e-4, rtol=0)
+  np.testing.assert_array_equal(cache.row, ROWS)
+  assert cache.k.shape == (WIDE.layers, 3, 128, 2 * 64)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_stacked_cache_holds_what_an_unrolled_one_does():
+  model = random_model(3, WIDE)
+  tokens = random_tokens(2, 3)
+  caches = [
+    feed_all(prepared, prepared.room(2, ROWS), tokens)[1]
+    for prepared in (Stacked.of(model), Unrolled.of(model))
+  ]
+  cells = ROWS * 3
+  stacked, unrolled = ((cache.k, cache.v) for cache in caches)
+  for ours, theirs in zip(stacked, unrolled):
+    by_head = ours.reshape(WIDE.layers, 2, -1, 2, 64).swapaxes(2, 3)
+    np.testing.assert_allclose(
+      by_head[:, :, :, :cells], np.stack(theirs)[:, :, :, :cells], atol=1e-5
+    )
+    assert not by_head[:, :, :, cells:].any()
+
+
+def test_stacking_casts_matrices_and_no_norms():
+  model = random_model(2, dataclasses.replace(WIDE, dtype="bfloat16", tied_head=False))
+  stacked = Stacked.of(model)
+  assert stacked.columns.dtype == stacked.layers.attention.q[...].dtype == jnp.bfloat16
+  assert stacked.layers.mlp_norm[...].dtype == jnp.float32
+  assert not hasattr(stacked.trunk, "layers")
+  assert stacked.room(1, 1).k.dtype == jnp.bfloat16

@@ -1,0 +1,220 @@
+"""A model made ready for decoding, and how it takes one row through its layers."""
+
+import abc
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from msjax.decoding.cache import Cache
+from msjax.kernels import api, tpu_decode, xla
+from msjax.models.transformer import Block, Rope, Transformer, read_out
+from msjax.streams import Visibility
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared(abc.ABC):
+  """A model cut up for decoding, once and for all rows.
+
+  Matrices have the dtype of activations, so that no row casts them. The output matrix stands as
+  columns: on CPU a product with its rows takes a quarter longer.
+
+  Attributes:
+    trunk: the parts around the layers.
+    layers: as the variant wants them.
+    columns: [D, V], the output matrix.
+  """
+
+  trunk: Transformer
+  layers: Any
+  columns: jax.Array
+
+  def logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """As `Transformer.logits`."""
+    return read_out(hidden, self.columns, tokens)
+
+  def room(self, batch: int, rows: int) -> Cache:
+    """Returns an empty cache for `rows` rows of `batch` sessions, or a few more."""
+    M = -(-rows * len(self.trunk.streams) // self.key_block) * self.key_block
+    k, v = self._zeros(batch, M), self._zeros(batch, M)
+    return Cache(k, v, jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32))
+
+  @property
+  @abc.abstractmethod
+  def key_block(self) -> int:
+    """Cells by which the room of a cache is counted, for attention would copy what is not whole."""
+
+  @abc.abstractmethod
+  def through_layers(
+    self, x: jax.Array, rope: Rope, cache: Cache, visibility: Visibility
+  ) -> tuple[jax.Array, Any, Any]:
+    """Takes the row that is fed, [B, S, D] in attention order, through all layers.
+
+    Returns:
+      [B, S, D]; keys and values as in the cache, the row's among them.
+    """
+
+  @abc.abstractmethod
+  def _zeros(self, batch: int, M: int) -> Any:
+    """Keys or values of an empty cache."""
+
+  def _at(self, cache: Cache) -> jax.Array:
+    """Where the row goes in each session, int32 [B]."""
+    return cache.row * len(self.trunk.streams)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Unrolled(Prepared):
+  """One layer after another, each with arrays of its own: for CPU and GPU.
+
+  On CPU a scan over stacked layers copies every slice, which takes three to five times as long as
+  the pass itself. The cache of a layer is [B, K, M, H]: a head's keys lie together.
+  """
+
+  layers: tuple[Block, ...]
+
+  @classmethod
+  def of(cls, model: Transformer) -> "Unrolled":
+    """Cuts up a model, which stays as it is."""
+    return _unrolled(model)
+
+  @property
+  def key_block(self) -> int:
+    """See `Prepared`."""
+    return xla.KEY_BLOCK
+
+  def through_layers(self, x, rope, cache, visibility):
+    """See `Prepared`."""
+    k_cache, v_cache = list(cache.k), list(cache.v)
+    for i, block in enumerate(self.layers):
+      attend = functools.partial(_attend_cache, k_cache, v_cache, i, self._at(cache), visibility)
+      x = block(x, rope, attend)
+    return x, tuple(k_cache), tuple(v_cache)
+
+  def _zeros(self, batch, M):
+    cfg = self.trunk.cfg
+    shape = batch, cfg.kv_heads, M, cfg.head_dim
+    return tuple(jnp.zeros(shape, self.trunk.dtype) for _ in range(cfg.layers))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked(Prepared):
+  """A scan over layers, with the decode kernel for TPU, which reads a cache of all layers in place.
+
+  The cache is [layers, B, M, K * H]. The row is written into it after the scan, for all layers at
+  once; until then the kernel gets the row's keys and values by themselves.
+  """
+
+  layers: Block
+
+  @classmethod
+  def of(cls, model: Transformer) -> "Stacked":
+    """Casts a model, which stays as it is."""
+    return _stacked(model)
+
+  @property
+  def key_block(self) -> int:
+    """See `Prepared`."""
+    return tpu_decode.LANES
+
+  def through_layers(self, x, rope, cache, visibility):
+    """See `Prepared`."""
+    plan = tpu_decode.plan(visibility, cache.k)
+
+    def layer(x, block_and_index):
+      block, i = block_and_index
+      new = []
+
+      def attend(q, k, v):
+        new.extend((k, v))
+        return tpu_decode.attention(q, k, v, cache.k, cache.v, i, plan)
+
+      x = block(x, rope, attend)
+      return x, tuple(rows.reshape(*rows.shape[:2], -1) for rows in new)
+
+    x, new = jax.lax.scan(layer, x, (self.layers, jnp.arange(self.trunk.cfg.layers)))
+    write = lambda old, rows: tpu_decode.write_rows(old, rows, self._at(cache))
+    return x, write(cache.k, new[0]), write(cache.v, new[1])
+
+  def _zeros(self, batch, M):
+    cfg = self.trunk.cfg
+    return jnp.zeros((cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim), self.trunk.dtype)
+
+
+def feed_row(
+  model: Prepared,
+  cache: Cache,
+  tokens: jax.Array,
+  positions: jax.Array | None = None,
+) -> tuple[jax.Array, Cache]:
+  """Feeds one row of every session; the caller sees to it that the cache has room.
+
+  Args:
+    model: prepared.
+    cache: of this model; best donated.
+    tokens: int32 [B, S], by stream id; -1 is a hole.
+    positions: int32 [B, S], or None for the index of the row.
+
+  Returns:
+    Hidden states [B, S, D], normed, as the whole-grid pass gives for this row; the cache with it.
+  """
+  trunk, streams = model.trunk, model.trunk.streams
+  if positions is None:
+    positions = jnp.broadcast_to(cache.row[:, None], tokens.shape)
+  row_ok = streams.key_ok(tokens[:, None])
+  key_ok = jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice(old, new, (i,)))(
+    cache.key_ok, row_ok, cache.row * len(streams)
+  )
+  visibility = streams.row_visibility(tokens, cache.row, key_ok)
+  rope = trunk.rope(streams.to_attention(positions[:, None]))
+  x = streams.to_attention(trunk.embedded(tokens)[:, None])
+  x, k, v = model.through_layers(x, rope, cache, visibility)
+  hidden = streams.from_attention(trunk.normed(x))[:, 0]
+  return hidden, Cache(k, v, key_ok, cache.row + 1)
+
+
+def prepare(model: Transformer) -> Prepared:
+  """Makes a model ready for decoding on the platform that programs are built for."""
+  cfg = model.cfg
+  backend = api.of_rows(len(model.streams), cfg.heads, cfg.kv_heads, cfg.head_dim, model.dtype)
+  return (Stacked if backend == "tpu" else Unrolled).of(model)
+
+
+@jax.jit
+def _unrolled(model: Transformer) -> Unrolled:
+  layer = lambda i: jax.tree.map(lambda stacked: _cast(model, stacked[i], 2), model.layers)
+  return Unrolled(_trunk(model), tuple(map(layer, range(model.cfg.layers))), _columns(model))
+
+
+@jax.jit
+def _stacked(model: Transformer) -> Stacked:
+  layers = jax.tree.map(lambda stacked: _cast(model, stacked, 3), model.layers)
+  return Stacked(_trunk(model), layers, _columns(model))
+
+
+def _cast(model, array, matrix_ndim):
+  """Casts a matrix; norm scales and biases stay float32."""
+  return array if array.ndim < matrix_ndim else array.astype(model.dtype)
+
+
+def _columns(model):
+  return model.output_matrix.T.astype(model.dtype)
+
+
+def _trunk(model):
+  trunk = jax.tree.map(lambda p: p, model)
+  del trunk.layers, trunk.head
+  return trunk
+
+
+def _attend_cache(k_cache, v_cache, i, at, visibility, q, k, v):
+  """Writes the row's keys and values into layer i of the caches, then attends to it."""
+  put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
+  k_cache[i] = put(k_cache[i], jnp.swapaxes(k, 1, 2).astype(k_cache[i].dtype), at)
+  v_cache[i] = put(v_cache[i], jnp.swapaxes(v, 1, 2).astype(v_cache[i].dtype), at)
+  out = xla.attention(jnp.swapaxes(q, 1, 2), k_cache[i], v_cache[i], visibility)
+  return jnp.swapaxes(out, 1, 2)

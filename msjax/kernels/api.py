@@ -1,0 +1,123 @@
+"""Which attention runs where: the one place that chooses, and says why."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+
+from msjax.kernels import splash, tpu, tpu_decode, xla
+from msjax.streams import Streams, Visibility
+
+# (q [B, N, L, H], k and v [B, K, L, H], a key where dropout is wanted) -> [B, N, L, H]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+Array = jax.Array | jax.ShapeDtypeStruct
+
+
+def platform() -> str:
+  """Returns what programs are built for: `tpu`, `gpu` or `cpu`.
+
+  That is where the devices of the mesh in use are, be they at hand or only compiled for, else where
+  JAX puts arrays by default.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return jax.default_backend()
+  kind = device.device_kind.lower()
+  return next((p for p in ("tpu", "cpu") if kind.startswith(p)), "gpu")
+
+
+def choose(q: Array, k: Array, v: Array, streams: Streams, dropout: float) -> tuple[str, str]:
+  """Chooses who attends whole grids, by shapes and the platform.
+
+  Args:
+    q: [B, N, L, H], or its shape and dtype.
+    k: [B, K, L, H], alike.
+    v: [B, K, L, H], alike.
+    streams: of the grid.
+    dropout: rate, 0 for none.
+
+  Returns:
+    `tpu`, `splash` or `xla`, and one sentence that says why it is not what stands before it.
+  """
+  if platform() != "tpu":
+    return "xla", f"the others run on TPU, this is {platform()}"
+  if dropout:
+    return "xla", f"attention_dropout: {dropout}; the kernels for TPU have none"
+  reason = tpu.refusal(q, k, v)
+  if not reason:
+    return "tpu", "the shapes allow it"
+  also = splash.refusal(q, k, v, streams)
+  return ("xla", f"{reason}; {also}") if also else ("splash", reason)
+
+
+def of_grid(
+  q: Array, k: Array, v: Array, visibility: Visibility, streams: Streams, dropout: float = 0.0
+) -> Attend:
+  """Prepares attention of a whole grid to itself, once for all layers; the log says who attends.
+
+  Args:
+    q: as for `choose`, like the next four; what is returned takes arrays of these shapes.
+    k: alike.
+    v: alike.
+    visibility: of the grid.
+    streams: of the grid.
+    dropout: rate, 0 for none.
+  """
+  backend, reason = choose(q, k, v, streams, dropout)
+  _say(f"grids attend by {_NAMES[backend]}: {reason}")
+  return _PREPARE[backend](q, k, visibility, streams, dropout)
+
+
+def of_rows(streams: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> str:
+  """Chooses who attends when rows are fed against a cache, and says so in the log.
+
+  Args:
+    streams: S, cells of a row.
+    heads: N.
+    kv_heads: K.
+    head_dim: H.
+    dtype: of all arrays.
+
+  Returns:
+    `tpu` for tpu_decode.py, else `xla`.
+  """
+  backend, reason = "xla", f"the decode kernel runs on TPU, this is {platform()}"
+  if platform() == "tpu":
+    reason = tpu_decode.refusal(*_rows(streams, heads, kv_heads, head_dim, dtype))
+    backend = "xla" if reason else "tpu"
+  _say(f"rows attend by {_NAMES[backend]}: {reason or 'the shapes allow it'}")
+  return backend
+
+
+def _rows(S, N, K, H, dtype):
+  """Arguments of the decode kernel's `refusal` for one session with the smallest cache."""
+  M = 128
+  array = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+  new, cache, index = array(1, S, K, H), array(1, 1, M, K * H), array(1, S, dtype=jnp.int32)
+  see = Visibility(index, index, index, array(1, M, dtype=bool))
+  return array(1, S, N, H), new, new, cache, cache, see
+
+
+def _with_tpu(q, k, visibility, streams, dropout):
+  plan = tpu.plan(q, k, visibility)
+  return lambda q, k, v, key: tpu.attention(q, k, v, plan)
+
+
+def _with_splash(q, k, visibility, streams, dropout):
+  return lambda q, k, v, key: splash.attention(q, k, v, visibility, streams)
+
+
+def _with_xla(q, k, visibility, streams, dropout):
+  drop = lambda key: None if key is None or not dropout else xla.Dropout(dropout, key)
+  return lambda q, k, v, key: xla.attention(q, k, v, visibility, drop(key))
+
+
+_PREPARE = {"tpu": _with_tpu, "splash": _with_splash, "xla": _with_xla}
+_NAMES = {"tpu": "stream-block kernels", "splash": "jax's splash attention", "xla": "chunked XLA"}
+
+
+@functools.cache  # a program is traced several times
+def _say(sentence: str) -> None:
+  logging.info(sentence)

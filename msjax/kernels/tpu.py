@@ -1,0 +1,172 @@
+"""Stream-block attention on TPU: the Pallas kernels as one differentiable function.
+
+What blocks see of one another is the same in all layers, so it is worked out once, as a `Plan`.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from msjax.kernels import blocks, tpu_backward, tpu_forward
+from msjax.kernels.blocks import Visits
+from msjax.kernels.tpu_backward import Queries
+from msjax.kernels.tpu_forward import LANES, Keys, Tile
+from msjax.streams import Visibility
+
+HEAD_DIMS = (64, 128, 256)  # 64 costs as much as 128, for so wide are the lanes
+GROUP = 8  # query heads that share a key/value head, at most
+LARGEST_BLOCK = 512
+STACKED = 1024  # rows of one matrix of stacked queries
+_SEEN_BY_NONE = 2**30  # in place of a key's index: beyond every interval
+
+Array = jax.Array | jax.ShapeDtypeStruct
+
+
+class Plan(NamedTuple):
+  """What the kernels ask of a `Visibility`; P is L padded to whole blocks.
+
+  Attributes:
+    intervals: int32 [B, 2, P], first key and one past the last key that each query sees.
+    keys: int32 [B, 1, P], the index of each key, or one beyond every interval.
+    forward: what blocks of queries visit besides the block of their own keys.
+    backward: what blocks of keys visit, once for every part that queries are cut into.
+  """
+
+  intervals: jax.Array
+  keys: jax.Array
+  forward: Visits
+  backward: Visits
+
+
+def refusal(q: Array, k: Array, v: Array) -> str | None:
+  """Says in one sentence why the kernels cannot take these; None if they can."""
+  for name, x in (("q", q), ("k", k), ("v", v)):
+    if x.ndim != 4:
+      return f"{name}: shape {x.shape}; the TPU kernels take [batch, heads, length, head dim]"
+    if x.dtype != q.dtype or x.dtype not in (jnp.bfloat16, jnp.float32):
+      return f"{name}: dtype {x.dtype}; the TPU kernels take bfloat16 or float32, one for all"
+  B, N, L, H = q.shape
+  K = k.shape[1]
+  if k.shape != (B, K, L, H):
+    return f"k: shape {k.shape}; expected ({B}, K, {L}, {H}) for q {q.shape}, a key for every query"
+  if v.shape != k.shape:
+    return f"v: shape {v.shape}; expected {k.shape}, as k is"
+  if not K or N % K or N // K > GROUP:
+    return f"k: {K} heads; the TPU kernels take 1 to {GROUP} heads of q to one of k, q has {N}"
+  if max(HEAD_DIMS) < H:
+    return f"q: shape {q.shape}; the TPU kernels take a head dim of up to {max(HEAD_DIMS)}"
+  return None
+
+
+def plan(q: Array, k: Array, visibility: Visibility) -> Plan:
+  """Works out what blocks see of one another, for `attention` of arrays like q and k.
+
+  Args:
+    q: [B, N, L, H]; its shape and dtype matter.
+    k: [B, K, L, H]; its shape matters.
+    visibility: of L queries and L keys, where query i is key i's own, as whole grids have it.
+  """
+  B, _, L, _ = q.shape
+  for name, x in zip(visibility._fields, visibility):
+    if x.shape != (B, L):
+      raise ValueError(f"visibility.{name}: shape {x.shape}; expected {(B, L)} for q {q.shape}")
+  tile, parts = _tiles(q.shape, k.shape[1], q.dtype.itemsize)
+  padded = lambda x, **how: jnp.pad(x, [(0, 0), (0, -L % tile.keys)], **how)
+  start, end = (padded(x, mode="edge") for x in (visibility.start, visibility.end))
+  key_ok = padded(visibility.key_ok)
+  seen = Visibility(start, end, visibility.itself, key_ok)
+  forward = blocks.kinds(seen, tile.queries, tile.keys)
+  own = tile.own_block(jnp.arange(forward.shape[1]))[:, None] == jnp.arange(forward.shape[2])
+  backward = blocks.kinds(seen, tile.keys, tile.keys).swapaxes(1, 2)
+  backward = blocks.cut(backward, parts)
+  return Plan(
+    intervals=jnp.stack([start, end], axis=1),
+    keys=jnp.where(key_ok, jnp.arange(key_ok.shape[1]), _SEEN_BY_NONE)[:, None],
+    forward=blocks.visits(jnp.where(own, blocks.HIDDEN, forward)),
+    backward=blocks.visits(backward),
+  )
+
+
+def attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  visibility: Visibility | Plan,
+  *,
+  interpret: bool = False,
+) -> jax.Array:
+  """Softmax attention of every query over the keys it sees; differentiable in q, k and v.
+
+  Args:
+    q: [B, N, L, H], cells in attention order; N a multiple of K.
+    k: [B, K, L, H].
+    v: [B, K, L, H].
+    visibility: who sees whom, or what `plan` made of it, once for all layers.
+    interpret: run on the CPU, for tests.
+
+  Returns:
+    [B, N, L, H] in the dtype of q; scores and sums are float32. What the backward pass takes from
+    the forward pass is named "attention" for remat policies.
+
+  Raises:
+    ValueError: with the sentence of `refusal`.
+  """
+  reason = refusal(q, k, v)
+  if reason:
+    raise ValueError(reason)
+  todo = visibility if isinstance(visibility, Plan) else plan(q, k, visibility)
+  B, N, L, H = q.shape
+  K = k.shape[1]
+  P = todo.keys.shape[2]
+  width = next(h for h in HEAD_DIMS if h >= H)
+  fill = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, P - L), (0, width - H)])
+  # Base 2 saves a product a score. Where XLA fuses it with what made q, q is rounded once only.
+  q = (q * (math.log2(math.e) / math.sqrt(H))).astype(q.dtype)
+  out = _attention(interpret, fill(q).reshape(B, K, N // K, P, width), fill(k), fill(v), todo)
+  return out.reshape(B, N, P, width)[:, :, :L, :H]
+
+
+def _tiles(q_shape, kv_heads, itemsize) -> tuple[Tile, int]:
+  """Returns the sizes of blocks, and into how many parts the backward pass cuts the queries."""
+  _, N, L, H = q_shape
+  group = N // kv_heads
+  keys = blocks.block_size(L, LARGEST_BLOCK)
+  fitting = (n for n in range(keys, 0, -LANES) if keys % n == 0 and group * n <= STACKED)
+  tile = Tile(next(fitting, LANES), keys)
+  return tile, tpu_backward.parts(group, -(-L // keys), keys, H, itemsize)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(interpret, q, k, v, plan):
+  return _forward(interpret, q, k, v, plan)[0]
+
+
+def _forward(interpret, q, k, v, plan):
+  P = q.shape[3]
+  n, m = plan.forward.index.shape[1:]
+  tile = Tile(P // n, P // m)
+  keys = Keys(k, v, plan.keys)
+  return tpu_forward.forward(tile, q, plan.intervals, keys, plan.forward, interpret=interpret)
+
+
+def _forward_saving(interpret, q, k, v, plan):
+  out, log_sum = checkpoint_name(_forward(interpret, q, k, v, plan), "attention")
+  return out, (q, k, v, plan, out, log_sum)
+
+
+def _backward(interpret, saved, d_out):
+  q, k, v, plan, out, log_sum = saved
+  delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)[:, :, :, None]
+  block = q.shape[3] // plan.backward.index.shape[2]
+  queries = Queries(q, d_out, log_sum, delta, plan.intervals)
+  gradients = tpu_backward.backward(
+    block, queries, Keys(k, v, plan.keys), plan.backward, interpret=interpret
+  )
+  return *gradients, None
+
+
+_attention.defvjp(_forward_saving, _backward)
