@@ -46,6 +46,8 @@ def choose(q: Array, k: Array, v: Array, streams: Streams, dropout: float) -> tu
   if dropout:
     return "xla", f"attention_dropout: {dropout}; the kernels for TPU have none"
   reason = tpu.refusal(q, k, v)
+  if len(streams) > tpu.STREAMS:
+    reason = f"streams: {len(streams)}; the TPU kernels take up to {tpu.STREAMS}"
   if not reason:
     return "tpu", "the shapes allow it"
   also = splash.refusal(q, k, v, streams)

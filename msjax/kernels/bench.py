@@ -23,7 +23,7 @@ from rich.table import Table
 
 from msjax import cli
 from msjax.errors import InputError
-from msjax.kernels import splash, static, tpu, tpu_decode, xla
+from msjax.kernels import splash, static, tpu, tpu_decode, tpu_forward, xla
 from msjax.kernels.static import Trips
 from msjax.streams import Stream, Streams, Visibility
 
@@ -169,21 +169,25 @@ def _our_trips(shape: Shape) -> dict[str, Trips]:
   """Reads off the plans of what is made above.
 
   Forward, the blocks that hold the queries' own keys come before those seen in part and those seen
-  as a whole; backward, they are among those seen in part. In decoding, a session's own row comes
-  before blocks without and blocks with a mask.
+  as a whole, and of them first those that are causal; backward, the others of
+  them are among those seen in part.
+  In decoding, a session's own row comes before blocks without and blocks with a mask.
   """
   K, group = shape.kv_heads, shape.heads // shape.kv_heads
   count = lambda visits: (visits.partial.size, int(visits.partial.sum()), int(visits.whole.sum()))
   *_, plan = _make_ours(shape)[1]
-  rows, partial, whole = count(plan.forward)
-  forward = tuple(K * n for n in (rows, partial, whole))
-  blocks, *seen = count(plan.backward)
+  rows, *visits = count(plan.forward.visits)
+  causal = int(plan.forward.causal.sum())
+  stacks = K * group // tpu_forward.stacked_heads(group, plan.keys.shape[2] // rows)
+  forward = tuple(stacks * n for n in (causal, rows - causal, *visits))
+  blocks, *seen = count(plan.backward.visits)
+  backward = (int(plan.backward.causal.sum()), *seen)
   *_, cached = _make_decode_ours(shape)[1]
   return {
     "stream_forward": Trips(K * rows, forward),
-    "stream_forward_streamed": Trips(sum(forward), forward, edges=K * rows),
+    "stream_forward_streamed": Trips(K * sum((rows, *visits)), forward, edges=K * rows),
     "stream_backward": Trips(
-      K * blocks, tuple(K * group * n for n in seen), edges=K * len(plan.backward.index)
+      K * blocks, tuple(K * group * n for n in backward), edges=K * len(plan.backward.causal)
     ),
     "stream_block_decode": Trips(
       int(cached.steps) * len(cached.todo),

@@ -29,27 +29,25 @@ class Visits(NamedTuple):
   whole: jax.Array
 
 
-def kinds(visibility: Visibility, queries: int, keys: int) -> jax.Array:
+def kinds(visibility: Visibility, block: int) -> jax.Array:
   """Returns what each block of queries sees of each block of keys.
 
   Args:
     visibility: of L queries and as many keys, where query i is key i's own.
-    queries: size of a block of queries, which divides L.
-    keys: size of a block of keys, which divides L.
+    block: how many queries, or keys, make a block; divides L.
 
   Returns:
-    int32 [B, L / queries, L / keys]: WHOLE where every query sees every key, HIDDEN where no
-    query sees any; PARTIAL elsewhere, and where a query may see none but its own.
+    int32 [B, n, n], n = L / block, queries first: WHOLE where every query sees every key, HIDDEN
+    where no query sees any; PARTIAL elsewhere, and where a query may see none but its own.
   """
   B, L = visibility.key_ok.shape
-  of_queries = lambda x: x.reshape(B, -1, 1, queries)
+  of_queries = lambda x: x.reshape(B, -1, 1, block)
   start, end = of_queries(visibility.start), of_queries(visibility.end)
-  ok = visibility.key_ok.reshape(B, 1, -1, keys)
-  first_key = jnp.arange(0, L, keys)
-  first_query = jnp.arange(0, L, queries)[:, None]
-  whole = (start.max(-1) <= first_key) & (end.min(-1) >= first_key + keys) & ok.all(-1)
-  seen = (start.min(-1) < first_key + keys) & (end.max(-1) > first_key) & ok.any(-1)
-  own = (first_query < first_key + keys) & (first_key < first_query + queries)
+  ok = visibility.key_ok.reshape(B, 1, -1, block)
+  first = jnp.arange(0, L, block)
+  whole = (start.max(-1) <= first) & (end.min(-1) >= first + block) & ok.all(-1)
+  seen = (start.min(-1) < first + block) & (end.max(-1) > first) & ok.any(-1)
+  own = jnp.eye(len(first), dtype=bool)
   return jnp.where(whole, WHOLE, jnp.where(seen | own, PARTIAL, HIDDEN)).astype(jnp.int32)
 
 

@@ -12,15 +12,14 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from msjax.kernels import blocks, tpu_backward, tpu_forward
-from msjax.kernels.blocks import Visits
 from msjax.kernels.tpu_backward import Queries
-from msjax.kernels.tpu_forward import LANES, Keys, Tile
+from msjax.kernels.tpu_forward import LANES, Keys
 from msjax.streams import Visibility
 
 HEAD_DIMS = (64, 128, 256)  # 64 costs as much as 128, for so wide are the lanes
 GROUP = 8  # query heads that share a key/value head, at most
+STREAMS = LANES  # of a grid, at most: so far beyond its own key may a query see
 LARGEST_BLOCK = 512
-STACKED = 1024  # rows of one matrix of stacked queries
 _SEEN_BY_NONE = 2**30  # in place of a key's index: beyond every interval
 
 Array = jax.Array | jax.ShapeDtypeStruct
@@ -32,14 +31,14 @@ class Plan(NamedTuple):
   Attributes:
     intervals: int32 [B, 2, P], first key and one past the last key that each query sees.
     keys: int32 [B, 1, P], the index of each key, or one beyond every interval.
-    forward: what blocks of queries visit besides the block of their own keys.
-    backward: what blocks of keys visit, once for every part that queries are cut into.
+    forward: what blocks of queries do.
+    backward: what blocks of keys do.
   """
 
   intervals: jax.Array
   keys: jax.Array
-  forward: Visits
-  backward: Visits
+  forward: tpu_forward.Todo
+  backward: tpu_backward.Todo
 
 
 def refusal(q: Array, k: Array, v: Array) -> str | None:
@@ -68,26 +67,34 @@ def plan(q: Array, k: Array, visibility: Visibility) -> Plan:
   Args:
     q: [B, N, L, H]; its shape and dtype matter.
     k: [B, K, L, H]; its shape matters.
-    visibility: of L queries and L keys, where query i is key i's own, as whole grids have it.
+    visibility: of L queries and L keys, where query i is key i's own, as whole grids have it, and
+      none sees a key more than 128 places after its own, as in grids of up to `STREAMS` streams.
   """
   B, _, L, _ = q.shape
   for name, x in zip(visibility._fields, visibility):
     if x.shape != (B, L):
       raise ValueError(f"visibility.{name}: shape {x.shape}; expected {(B, L)} for q {q.shape}")
-  tile, parts = _tiles(q.shape, k.shape[1], q.dtype.itemsize)
-  padded = lambda x, **how: jnp.pad(x, [(0, 0), (0, -L % tile.keys)], **how)
+  block = blocks.block_size(L, LARGEST_BLOCK)
+  padded = lambda x, **how: jnp.pad(x, [(0, 0), (0, -L % block)], **how)
   start, end = (padded(x, mode="edge") for x in (visibility.start, visibility.end))
   key_ok = padded(visibility.key_ok)
-  seen = Visibility(start, end, visibility.itself, key_ok)
-  forward = blocks.kinds(seen, tile.queries, tile.keys)
-  own = tile.own_block(jnp.arange(forward.shape[1]))[:, None] == jnp.arange(forward.shape[2])
-  backward = blocks.kinds(seen, tile.keys, tile.keys).swapaxes(1, 2)
-  backward = blocks.cut(backward, parts)
+  kinds = blocks.kinds(Visibility(start, end, visibility.itself, key_ok), block)
+  index = jnp.arange(key_ok.shape[1])
+  causal = (end <= index // LANES * LANES + LANES).reshape(B, -1, block).all(-1)
+  own = jnp.eye(kinds.shape[1], dtype=bool)
+  group = q.shape[1] // k.shape[1]
+  parts = tpu_backward.parts(group, kinds.shape[1], block, q.shape[3], q.dtype.itemsize)
+  by_keys = jnp.where(own & causal[..., None], blocks.HIDDEN, kinds).swapaxes(1, 2)
   return Plan(
     intervals=jnp.stack([start, end], axis=1),
-    keys=jnp.where(key_ok, jnp.arange(key_ok.shape[1]), _SEEN_BY_NONE)[:, None],
-    forward=blocks.visits(jnp.where(own, blocks.HIDDEN, forward)),
-    backward=blocks.visits(backward),
+    keys=jnp.where(key_ok, index, _SEEN_BY_NONE)[:, None],
+    forward=tpu_forward.Todo(
+      causal.astype(jnp.int32), blocks.visits(jnp.where(own, blocks.HIDDEN, kinds))
+    ),
+    backward=tpu_backward.Todo(
+      blocks.cut(own & causal[..., None], parts).any(-1).astype(jnp.int32),
+      blocks.visits(blocks.cut(by_keys, parts)),
+    ),
   )
 
 
@@ -130,27 +137,15 @@ def attention(
   return out.reshape(B, N, P, width)[:, :, :L, :H]
 
 
-def _tiles(q_shape, kv_heads, itemsize) -> tuple[Tile, int]:
-  """Returns the sizes of blocks, and into how many parts the backward pass cuts the queries."""
-  _, N, L, H = q_shape
-  group = N // kv_heads
-  keys = blocks.block_size(L, LARGEST_BLOCK)
-  fitting = (n for n in range(keys, 0, -LANES) if keys % n == 0 and group * n <= STACKED)
-  tile = Tile(next(fitting, LANES), keys)
-  return tile, tpu_backward.parts(group, -(-L // keys), keys, H, itemsize)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(interpret, q, k, v, plan):
   return _forward(interpret, q, k, v, plan)[0]
 
 
 def _forward(interpret, q, k, v, plan):
-  P = q.shape[3]
-  n, m = plan.forward.index.shape[1:]
-  tile = Tile(P // n, P // m)
+  block = q.shape[3] // plan.forward.causal.shape[1]
   keys = Keys(k, v, plan.keys)
-  return tpu_forward.forward(tile, q, plan.intervals, keys, plan.forward, interpret=interpret)
+  return tpu_forward.forward(block, q, plan.intervals, keys, plan.forward, interpret=interpret)
 
 
 def _forward_saving(interpret, q, k, v, plan):
@@ -161,7 +156,7 @@ def _forward_saving(interpret, q, k, v, plan):
 def _backward(interpret, saved, d_out):
   q, k, v, plan, out, log_sum = saved
   delta = (out.astype(jnp.float32) * d_out.astype(jnp.float32)).sum(-1)[:, :, :, None]
-  block = q.shape[3] // plan.backward.index.shape[2]
+  block = q.shape[3] // plan.forward.causal.shape[1]
   queries = Queries(q, d_out, log_sum, delta, plan.intervals)
   gradients = tpu_backward.backward(
     block, queries, Keys(k, v, plan.keys), plan.backward, interpret=interpret

@@ -46,8 +46,21 @@ class Queries(NamedTuple):
   intervals: jax.Array
 
 
+class Todo(NamedTuple):
+  """What blocks of keys do, for each of p parts of the queries.
+
+  Attributes:
+    causal: int32 [p, B, n], 1 where the block's own queries are in the part and none of them sees
+      keys of a later part of 128.
+    visits: of query blocks; where not causal, its own is among those that need a mask.
+  """
+
+  causal: jax.Array
+  visits: Visits
+
+
 def backward(
-  block: int, queries: Queries, keys: Keys, visits: Visits, *, interpret: bool = False
+  block: int, queries: Queries, keys: Keys, todo: Todo, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Returns the gradients of q, of k and of v, shaped like them.
 
@@ -55,25 +68,24 @@ def backward(
     block: of queries as of keys; divides L.
     queries: what belongs to them.
     keys: query i's own is key i.
-    visits: of the key blocks, for each of the parts that queries are cut into; their own query
-      blocks are among those that need a mask.
+    todo: what blocks of keys do for each of the parts that queries are cut into.
     interpret: run on the CPU, for tests.
   """
   L = queries.q.shape[3]
-  parts, _, _, in_part = visits.index.shape
+  parts, _, _, in_part = todo.visits.index.shape
   missing = parts * in_part * block - L
   fill = lambda x, axis: jnp.pad(x, [(0, missing if a == axis else 0) for a in range(x.ndim)])
   queries = Queries(*map(fill, queries, (3, 3, 4, 4, 2)))
   run = functools.partial(_part, block, queries, keys, interpret=interpret)
   if parts == 1:
-    return run(jnp.int32(0), Visits(*(x[0] for x in visits)), keys.k.dtype)
+    return run(jnp.int32(0), jax.tree.map(lambda x: x[0], todo), keys.k.dtype)
 
   def add_part(total, part):
     dq, *of_keys = run(*part, jnp.float32)
     return jax.tree.map(jnp.add, total, of_keys), dq
 
   zeros = [jnp.zeros(keys.k.shape, jnp.float32)] * 2
-  (dk, dv), dq = lax.scan(add_part, zeros, (jnp.arange(parts), visits))
+  (dk, dv), dq = lax.scan(add_part, zeros, (jnp.arange(parts), todo))
   dq = jnp.concatenate(list(dq), axis=3)[:, :, :, :L]
   return dq, dk.astype(keys.k.dtype), dv.astype(keys.v.dtype)
 
@@ -93,11 +105,11 @@ def parts(group: int, blocks: int, block: int, head_dim: int, itemsize: int) -> 
   return -(-blocks // max(1, RESIDENT // (block * bytes_a_query)))
 
 
-def _part(block, queries, keys, part, visits, sum_dtype, *, interpret):
+def _part(block, queries, keys, part, todo, sum_dtype, *, interpret):
   """Gradients by the queries of one part, all of which see their keys again in other parts."""
   B, K, G, _, H = queries.q.shape
   L = keys.k.shape[2]
-  n, m = visits.index.shape[1:]
+  n, m = todo.visits.index.shape[1:]
   rows = m * block
   of_part = pl.BlockSpec((None, None, G, rows, H), lambda b, h, j, c, *_: (b, h, 0, c[0], 0))
   row_of_part = pl.BlockSpec((None, None, G, 1, rows), lambda b, h, j, c, *_: (b, h, 0, 0, c[0]))
@@ -108,7 +120,7 @@ def _part(block, queries, keys, part, visits, sum_dtype, *, interpret):
   return pl.pallas_call(
     functools.partial(_kernel, block),
     grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=4,
+      num_scalar_prefetch=5,
       grid=(B, K, n),
       in_specs=[
         Queries(of_part, of_part, row_of_part, row_of_part, intervals),
@@ -133,18 +145,33 @@ def _part(block, queries, keys, part, visits, sum_dtype, *, interpret):
     cost_estimate=_cost((B, K, G, rows, H), L, queries.q.dtype.itemsize),
     name="stream_backward",
     interpret=interpret,
-  )(part.reshape(1), *(x.reshape(-1) for x in visits), queries, keys)
+  )(part.reshape(1), *(x.reshape(-1) for x in (todo.causal, *todo.visits)), queries, keys)
 
 
 def _kernel(
-  block, part, index, partial, whole, queries, keys, dq, dk, dv, dq_sum, dk_sum, dv_sum, key_index
+  block,
+  part,
+  causal,
+  index,
+  partial,
+  whole,
+  queries,
+  keys,
+  dq,
+  dk,
+  dv,
+  dq_sum,
+  dk_sum,
+  dv_sum,
+  key_index,
 ):
   """One block of keys against all query blocks that see it.
 
   Args:
     block: static.
-    part: int32 [1]; with the next three, which are flat, in scalar memory.
-    index: of `Visits`, like the next two.
+    part: int32 [1]; with the next four, which are flat, in scalar memory.
+    causal: of `Todo`.
+    index: of its `Visits`, like the next two.
     queries: q [G, rows of the part, H] and the like.
     keys: k [block, H] and the like.
     dq: [G, rows, H], written after the last block of keys.
@@ -153,27 +180,46 @@ def _kernel(
     dk_sum: like dk in float32, as dv_sum.
     key_index: int32 [block, 128], the keys' indices, the same in every lane.
   """
-  b, j, n = pl.program_id(0), pl.program_id(2), pl.num_programs(2)
-  G, rows, _ = dq.shape
-  m = rows // block
-  # Keys and values are read again for each product: held, they make for a longer schedule.
+  j, n = pl.program_id(2), pl.num_programs(2)
+  row = pl.program_id(0) * n + j
+  G, m = dq.shape[0], dq.shape[1] // block
   product = functools.partial(
     lax.dot_general, precision=exact(keys.k), preferred_element_type=jnp.float32
   )
 
-  def visit(t, _, masked):
-    i, g = index[(b * n + j) * m + lax.div(t, G)], lax.rem(t, G)
-    at = pl.ds(pl.multiple_of(i * block, block), block)
-    q, d_out = queries.q[g, at], queries.d_out[g, at]
-    s = product(keys.k[...], q, _OVER_HEAD_DIM) - queries.log_sum[g, :, at]
-    if masked:
-      s += _penalty(key_index[...], queries.intervals[:, at], (part[0] * m + i - j) * block)
-    p = jnp.exp2(jnp.minimum(s, 0.0))  # no weight is above 1, however the sum was rounded
-    dv_sum[...] += product(p.astype(d_out.dtype), d_out, _OVER_QUERIES)
-    d_p = product(keys.v[...], d_out, _OVER_HEAD_DIM)
-    d_s = (p * (d_p - queries.delta[g, :, at])).astype(q.dtype)
-    dk_sum[...] += product(d_s, q, _OVER_QUERIES)
-    dq_sum[g, at] += product(d_s, keys.k[...], _OVER_KEYS)
+  def visit(i, g, tiles, masked):
+    """Takes (keys, queries), slices of this block and of query block i, head g, for each tile.
+
+    All tiles go through one stage before the next, so that none waits for the one before. Keys and
+    values are read again for every product: held, they would make for a longer schedule.
+    """
+    at = lambda rows: pl.ds(pl.multiple_of(i * block, block) + rows.start, rows.stop - rows.start)
+    forward, backward = [], []
+    for of_keys, rows in tiles:
+      q, d_out = queries.q[g, at(rows)], queries.d_out[g, at(rows)]
+      s = product(keys.k[of_keys], q, _OVER_HEAD_DIM) - queries.log_sum[g, :, at(rows)]
+      if masked:
+        own = (part[0] * m + i - j) * block + rows.start - of_keys.start
+        s += _penalty(key_index[of_keys], queries.intervals[:, at(rows)], own)
+      p = jnp.exp2(jnp.minimum(s, 0.0))  # none is above 1, however the sum was rounded
+      forward.append((q, d_out, p))
+    for (of_keys, rows), (q, d_out, p) in zip(tiles, forward):
+      dv_sum[of_keys] += product(p.astype(d_out.dtype), d_out, _OVER_QUERIES)
+      d_p = product(keys.v[of_keys], d_out, _OVER_HEAD_DIM)
+      backward.append((q, (p * (d_p - queries.delta[g, :, at(rows)])).astype(q.dtype)))
+    for (of_keys, rows), (q, d_s) in zip(tiles, backward):
+      dk_sum[of_keys] += product(d_s, q, _OVER_QUERIES)
+      dq_sum[g, at(rows)] += product(d_s, keys.k[of_keys], _OVER_KEYS)
+
+  def visit_own(g, _):
+    """128 keys at a time, with the queries that do not stand before them."""
+    starts = range(0, block, LANES)
+    tiles = [(slice(start, start + LANES), slice(start, block)) for start in starts]
+    visit(j - part[0] * m, g, tiles, masked=True)
+
+  def visit_listed(t, _, masked):
+    i, g = index[row * m + lax.div(t, G)], lax.rem(t, G)
+    visit(i, g, [(slice(0, block), slice(0, block))], masked)
 
   @pl.when(j == 0)
   def _():
@@ -182,9 +228,11 @@ def _kernel(
   dk_sum[...] = jnp.zeros_like(dk_sum)
   dv_sum[...] = jnp.zeros_like(dv_sum)
   key_index[...] = as_column(keys.index[...])
-  n_partial, n_whole = partial[b * n + j] * G, whole[b * n + j] * G
-  lax.fori_loop(0, n_partial, functools.partial(visit, masked=True), None)
-  lax.fori_loop(n_partial, n_partial + n_whole, functools.partial(visit, masked=False), None)
+  n_own, n_partial, n_whole = causal[row] * G, partial[row] * G, whole[row] * G
+  masked, unmasked = (functools.partial(visit_listed, masked=x) for x in (True, False))
+  lax.fori_loop(0, n_own, visit_own, None)
+  lax.fori_loop(0, n_partial, masked, None)
+  lax.fori_loop(n_partial, n_partial + n_whole, unmasked, None)
   dk[...] = (dk_sum[...] * _LN2).astype(dk.dtype)
   dv[...] = dv_sum[...].astype(dv.dtype)
 
