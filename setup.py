@@ -22,6 +22,9 @@ CORE = [
 DEMO = ["chitchat-dataset>=0.9.0"]
 HUB = ["gguf>=0.17", "huggingface_hub>=0.30"]
 LINT = ["ruff>=0.8"]
+TPU = ["jax[tpu]>=0.10.2"]
+# Compiles for TPU on machines without one.
+TPU_COMPILER = ["libtpu>=0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TEST = [
   "hypothesis>=6.100",
   "pytest>=8.0",
@@ -30,6 +33,7 @@ TEST = [
   "transformers>=4.57",
   *HUB,
   *LINT,
+  *TPU_COMPILER,
 ]
 
 setuptools.setup(
@@ -42,5 +46,5 @@ setuptools.setup(
   python_requires=">=3.11",
   packages=setuptools.find_packages(include=["msjax", "msjax.*"]),
   install_requires=CORE,
-  extras_require={"demo": DEMO, "hub": HUB, "test": TEST},
+  extras_require={"demo": DEMO, "hub": HUB, "tpu": TPU, "tpu-compiler": TPU_COMPILER, "test": TEST},
 )

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from msjax.decoding.cache import Cache
 from msjax.kernels import api, tpu_decode, xla
-from msjax.models.transformer import Block, Rope, Transformer, read_out
+from msjax.models.layers import Turn
+from msjax.models.transformer import Block, Transformer, read_out
 from msjax.streams import Visibility
 
 
@@ -48,7 +49,7 @@ class Prepared(abc.ABC):
 
   @abc.abstractmethod
   def through_layers(
-    self, x: jax.Array, rope: Rope, cache: Cache, visibility: Visibility
+    self, x: jax.Array, turn: Turn, cache: Cache, visibility: Visibility
   ) -> tuple[jax.Array, Any, Any]:
     """Takes the row that is fed, [B, S, D] in attention order, through all layers.
 
@@ -86,12 +87,12 @@ class Unrolled(Prepared):
     """See `Prepared`."""
     return xla.KEY_BLOCK
 
-  def through_layers(self, x, rope, cache, visibility):
+  def through_layers(self, x, turn, cache, visibility):
     """See `Prepared`."""
     k_cache, v_cache = list(cache.k), list(cache.v)
     for i, block in enumerate(self.layers):
-      attend = functools.partial(_attend_cache, k_cache, v_cache, i, self._at(cache), visibility)
-      x = block(x, rope, attend)
+      at = self._at(cache)
+      x = block(x, functools.partial(_attend_cache, k_cache, v_cache, i, at, visibility, turn))
     return x, tuple(k_cache), tuple(v_cache)
 
   def _zeros(self, batch, M):
@@ -121,7 +122,7 @@ class Stacked(Prepared):
     """See `Prepared`."""
     return tpu_decode.LANES
 
-  def through_layers(self, x, rope, cache, visibility):
+  def through_layers(self, x, turn, cache, visibility):
     """See `Prepared`."""
     plan = tpu_decode.plan(visibility, cache.k)
 
@@ -129,11 +130,11 @@ class Stacked(Prepared):
       block, i = block_and_index
       new = []
 
-      def attend(q, k, v):
-        new.extend((k, v))
-        return tpu_decode.attention(q, k, v, cache.k, cache.v, i, plan)
+      def attend(q, k, v, q_scale, k_scale):
+        new.extend((turn(k, k_scale), v))
+        return tpu_decode.attention(turn(q, q_scale), *new, cache.k, cache.v, i, plan)
 
-      x = block(x, rope, attend)
+      x = block(x, attend)
       return x, tuple(rows.reshape(*rows.shape[:2], -1) for rows in new)
 
     x, new = jax.lax.scan(layer, x, (self.layers, jnp.arange(self.trunk.cfg.layers)))
@@ -170,9 +171,9 @@ def feed_row(
     cache.key_ok, row_ok, cache.row * len(streams)
   )
   visibility = streams.row_visibility(tokens, cache.row, key_ok)
-  rope = trunk.rope(streams.to_attention(positions[:, None]))
+  turn = trunk.turn(streams.to_attention(positions[:, None]))
   x = streams.to_attention(trunk.embedded(tokens)[:, None])
-  x, k, v = model.through_layers(x, rope, cache, visibility)
+  x, k, v = model.through_layers(x, turn, cache, visibility)
   hidden = streams.from_attention(trunk.normed(x))[:, 0]
   return hidden, Cache(k, v, key_ok, cache.row + 1)
 
@@ -211,8 +212,9 @@ def _trunk(model):
   return trunk
 
 
-def _attend_cache(k_cache, v_cache, i, at, visibility, q, k, v):
+def _attend_cache(k_cache, v_cache, i, at, visibility, turn, q, k, v, q_scale, k_scale):
   """Writes the row's keys and values into layer i of the caches, then attends to it."""
+  q, k = turn(q, q_scale), turn(k, k_scale)
   put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
   k_cache[i] = put(k_cache[i], jnp.swapaxes(k, 1, 2).astype(k_cache[i].dtype), at)
   v_cache[i] = put(v_cache[i], jnp.swapaxes(v, 1, 2).astype(v_cache[i].dtype), at)

@@ -1,17 +1,48 @@
 """Which attention runs where: the one place that chooses, and says why."""
 
 import functools
-from collections.abc import Callable
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
-from msjax.kernels import splash, tpu, tpu_decode, xla
+from msjax.kernels import splash, tpu, tpu_decode, tpu_rotary, xla
 from msjax.streams import Streams, Visibility
 
-# (q [B, N, L, H], k and v [B, K, L, H], a key where dropout is wanted) -> [B, N, L, H]
-Attend = Callable[[jax.Array, jax.Array, jax.Array, jax.Array | None], jax.Array]
+
+class Turn(Protocol):
+  """What norms queries or keys [B, L, heads, H] by a scale [H], or none, and rotates them.
+
+  Attributes:
+    cos: float32 [B, L, H / 2], of the angle.
+    sin: float32 [B, L, H / 2].
+    eps: of the norm.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+  eps: float
+
+  def __call__(self, x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Returns [B, L, heads, H]."""
+
+
+class Attend(Protocol):
+  """Attention of whole grids, from the products on."""
+
+  def __call__(
+    self,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    q_scale: jax.Array | None,
+    k_scale: jax.Array | None,
+    dropout_key: jax.Array | None = None,
+  ) -> jax.Array:
+    """q [B, L, N, H], k and v [B, L, K, H] -> [B, L, N, H]."""
+
+
 Array = jax.Array | jax.ShapeDtypeStruct
 
 
@@ -55,21 +86,54 @@ def choose(q: Array, k: Array, v: Array, streams: Streams, dropout: float) -> tu
 
 
 def of_grid(
-  q: Array, k: Array, v: Array, visibility: Visibility, streams: Streams, dropout: float = 0.0
+  q: Array,
+  k: Array,
+  v: Array,
+  visibility: Visibility,
+  streams: Streams,
+  turn: Turn,
+  dropout: float = 0.0,
 ) -> Attend:
   """Prepares attention of a whole grid to itself, once for all layers; the log says who attends.
 
   Args:
-    q: as for `choose`, like the next four; what is returned takes arrays of these shapes.
-    k: alike.
-    v: alike.
+    q: as for `choose`, like k and v.
+    k: see q.
+    v: see q.
     visibility: of the grid.
     streams: of the grid.
+    turn: of queries and keys.
     dropout: rate, 0 for none.
   """
   backend, reason = choose(q, k, v, streams, dropout)
   _say(f"grids attend by {_NAMES[backend]}: {reason}")
-  return _PREPARE[backend](q, k, visibility, streams, dropout)
+  if backend == "tpu":
+    plan = tpu.plan(q, k, visibility)
+    if q.shape[3] in tpu_rotary.HEAD_DIMS:
+      return functools.partial(_turn_by_kernel, turn, plan)
+    attend = lambda q, k, v, key: tpu.attention(q, k, v, plan)
+  elif backend == "splash":
+    attend = lambda q, k, v, key: splash.attention(q, k, v, visibility, streams)
+  else:
+    drop = lambda key: xla.Dropout(dropout, key) if dropout and key is not None else None
+    attend = lambda q, k, v, key: xla.attention(q, k, v, visibility, drop(key))
+  return functools.partial(_turn_by_xla, turn, attend)
+
+
+def _turn_by_kernel(turn, plan, q, k, v, q_scale, k_scale, dropout_key=None):
+  rotary = functools.partial(tpu_rotary.rotary, cos=turn.cos, sin=turn.sin, eps=turn.eps)
+  q = rotary(q, scale=q_scale, factor=tpu.q_factor(q.shape[3]))
+  return _swap(tpu.attend_scaled(q, rotary(k, scale=k_scale), _swap(v), plan))
+
+
+def _turn_by_xla(turn, attend, q, k, v, q_scale, k_scale, dropout_key=None):
+  q, k = turn(q, q_scale), turn(k, k_scale)
+  return _swap(attend(_swap(q), _swap(k), _swap(v), dropout_key))
+
+
+def _swap(x):
+  """[B, cells, heads, H] to [B, heads, cells, H], or back: kernels take heads first."""
+  return jnp.swapaxes(x, 1, 2)
 
 
 def of_rows(streams: int, heads: int, kv_heads: int, head_dim: int, dtype: jnp.dtype) -> str:
@@ -102,21 +166,6 @@ def _rows(S, N, K, H, dtype):
   return array(1, S, N, H), new, new, cache, cache, see
 
 
-def _with_tpu(q, k, visibility, streams, dropout):
-  plan = tpu.plan(q, k, visibility)
-  return lambda q, k, v, key: tpu.attention(q, k, v, plan)
-
-
-def _with_splash(q, k, visibility, streams, dropout):
-  return lambda q, k, v, key: splash.attention(q, k, v, visibility, streams)
-
-
-def _with_xla(q, k, visibility, streams, dropout):
-  drop = lambda key: None if key is None or not dropout else xla.Dropout(dropout, key)
-  return lambda q, k, v, key: xla.attention(q, k, v, visibility, drop(key))
-
-
-_PREPARE = {"tpu": _with_tpu, "splash": _with_splash, "xla": _with_xla}
 _NAMES = {"tpu": "stream-block kernels", "splash": "jax's splash attention", "xla": "chunked XLA"}
 
 

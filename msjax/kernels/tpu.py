@@ -20,6 +20,7 @@ HEAD_DIMS = (64, 128, 256)  # 64 costs as much as 128, for so wide are the lanes
 GROUP = 8  # query heads that share a key/value head, at most
 STREAMS = LANES  # of a grid, at most: so far beyond its own key may a query see
 LARGEST_BLOCK = 512
+VISITS = 80_000  # pairs of blocks, at most: three numbers each in 1 MiB of scalar memory
 _SEEN_BY_NONE = 2**30  # in place of a key's index: beyond every interval
 
 Array = jax.Array | jax.ShapeDtypeStruct
@@ -58,6 +59,9 @@ def refusal(q: Array, k: Array, v: Array) -> str | None:
     return f"k: {K} heads; the TPU kernels take 1 to {GROUP} heads of q to one of k, q has {N}"
   if max(HEAD_DIMS) < H:
     return f"q: shape {q.shape}; the TPU kernels take a head dim of up to {max(HEAD_DIMS)}"
+  pairs = B * (-(-L // blocks.block_size(L, LARGEST_BLOCK))) ** 2
+  if pairs > VISITS:
+    return f"q: shape {q.shape}; {pairs:,} pairs of blocks, the TPU kernels take up to {VISITS:,}"
   return None
 
 
@@ -126,14 +130,25 @@ def attention(
   if reason:
     raise ValueError(reason)
   todo = visibility if isinstance(visibility, Plan) else plan(q, k, visibility)
+  # Where XLA fuses this with what made q, q is rounded once only.
+  q = (q * q_factor(q.shape[3])).astype(q.dtype)
+  return attend_scaled(q, k, v, todo, interpret=interpret)
+
+
+def q_factor(head_dim: int) -> float:
+  """Returns the factor that `attend_scaled` expects in queries: base 2 saves a product a score."""
+  return math.log2(math.e) / math.sqrt(head_dim)
+
+
+def attend_scaled(
+  q: jax.Array, k: jax.Array, v: jax.Array, plan: Plan, *, interpret: bool = False
+) -> jax.Array:
+  """As `attention`, of queries that are multiplied by `q_factor` already."""
   B, N, L, H = q.shape
-  K = k.shape[1]
-  P = todo.keys.shape[2]
+  K, P = k.shape[1], plan.keys.shape[2]
   width = next(h for h in HEAD_DIMS if h >= H)
   fill = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, P - L), (0, width - H)])
-  # Base 2 saves a product a score. Where XLA fuses it with what made q, q is rounded once only.
-  q = (q * (math.log2(math.e) / math.sqrt(H))).astype(q.dtype)
-  out = _attention(interpret, fill(q).reshape(B, K, N // K, P, width), fill(k), fill(v), todo)
+  out = _attention(interpret, fill(q).reshape(B, K, N // K, P, width), fill(k), fill(v), plan)
   return out.reshape(B, N, P, width)[:, :, :L, :H]
 
 

@@ -1,6 +1,7 @@
 """The pieces of a layer: matrix product, RMSNorm, rotary positions."""
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,3 +80,23 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   cos, sin = cos[:, :, None], sin[:, :, None]
   turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
   return turned.astype(x.dtype)
+
+
+class Turn(NamedTuple):
+  """What befalls queries and keys between their product and attention: norm, then rotation.
+
+  Attributes:
+    cos: float32 [B, L, H / 2], of `rope_angles`.
+    sin: float32 [B, L, H / 2].
+    eps: of the norm.
+  """
+
+  cos: jax.Array
+  sin: jax.Array
+  eps: float
+
+  def __call__(self, x: jax.Array, scale: jax.Array | None) -> jax.Array:
+    """Turns [B, L, heads, H]; `scale` [H] is the norm's, None for no norm."""
+    if scale is not None:
+      x = rms_norm(x, scale, self.eps)
+    return rotate(x, self.cos, self.sin)

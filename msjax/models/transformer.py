@@ -6,7 +6,6 @@ H head dim, F mlp, V vocabulary, M cache length.
 
 import functools
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,8 @@ from flax import nnx
 
 from msjax.config import ModelConfig
 from msjax.kernels import api
-from msjax.models.layers import product, rms_norm, rope_angles, rotate
+from msjax.models.layers import Turn, product, rms_norm, rope_angles
 from msjax.streams import HOLE, Streams
-
-Rope = tuple[jax.Array, jax.Array]
-# (q [B, L, N, H], k and v [B, L, K, H], all rotated) -> attended values [B, L, N, H]
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 REMAT = {
   "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
@@ -40,12 +35,11 @@ def _plus(x, bias):
 
 
 class Attention(nnx.Module):
-  """Projections, q/k norm and RoPE of grouped-query attention; `attend` does the rest."""
+  """Projections of grouped-query attention; `attend` norms, rotates and does the rest."""
 
   def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
     """Draws the weights."""
     D, N, K, H = cfg.dim, cfg.heads, cfg.kv_heads, cfg.head_dim
-    self.eps = cfg.norm_eps
     self.q = _matrix(rngs, (D, N, H), D)
     self.k = _matrix(rngs, (D, K, H), D)
     self.v = _matrix(rngs, (D, K, H), D)
@@ -57,16 +51,14 @@ class Attention(nnx.Module):
     self.q_norm = nnx.Param(jnp.ones(H)) if cfg.qk_norm else None
     self.k_norm = nnx.Param(jnp.ones(H)) if cfg.qk_norm else None
 
-  def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> jax.Array:
+  def __call__(self, x: jax.Array, attend: api.Attend) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
     q, k, v = (
       _plus(_to_heads(x, w[...]), b)
       for w, b in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
     )
-    if self.q_norm is not None:
-      q = rms_norm(q, self.q_norm[...], self.eps)
-      k = rms_norm(k, self.k_norm[...], self.eps)
-    attended = attend(rotate(q, *rope), rotate(k, *rope), v)
+    scales = (None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm))
+    attended = attend(q, k, v, *scales)
     return _plus(_from_heads(attended, self.out[...]), self.out_bias)
 
 
@@ -111,9 +103,9 @@ class Block(nnx.Module):
     self.mlp_norm = nnx.Param(jnp.ones(cfg.dim))
     self.mlp = Mlp(cfg, rngs=rngs)
 
-  def __call__(self, x: jax.Array, rope: Rope, attend: Attend) -> jax.Array:
+  def __call__(self, x: jax.Array, attend: api.Attend) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
-    x = x + self.attention(rms_norm(x, self.attention_norm[...], self.eps), rope, attend)
+    x = x + self.attention(rms_norm(x, self.attention_norm[...], self.eps), attend)
     return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
 
 
@@ -157,16 +149,16 @@ class Transformer(nnx.Module):
       positions = streams.positions(tokens, segments)
     elif not any(isinstance(x, jax.core.Tracer) for x in (positions, tokens, segments)):
       streams.check_positions(positions, tokens, segments)
-    rope = self.rope(streams.to_attention(positions))
+    turn = self.turn(streams.to_attention(positions))
     rate = self.cfg.attention_dropout if dropout_key is not None else 0.0
-    attend = api.of_grid(*self._qkv(visibility.start.shape), visibility, streams, rate)
+    attend = api.of_grid(*self._qkv(visibility.start.shape), visibility, streams, turn, rate)
 
     def layer(carry, block):
       x, key = carry
       layer_key = None
       if rate:
         key, layer_key = jax.random.split(key)
-      return (block(x, rope, functools.partial(_attend_grid, attend, layer_key)), key), None
+      return (block(x, functools.partial(attend, dropout_key=layer_key)), key), None
 
     if self.cfg.remat != "none":
       layer = jax.checkpoint(layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
@@ -179,10 +171,11 @@ class Transformer(nnx.Module):
     x = self.embed[...].at[jnp.maximum(tokens, 0)].get(mode="promise_in_bounds")
     return (x + self.stream_embed[...]).astype(self.dtype)
 
-  def rope(self, positions: jax.Array) -> Rope:
-    """Rotary angles for int32 [B, L]."""
+  def turn(self, positions: jax.Array) -> Turn:
+    """What norms and rotates queries and keys at positions int32 [B, L]."""
     cfg = self.cfg
-    return rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    angles = rope_angles(positions, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    return Turn(*angles, cfg.norm_eps)
 
   def normed(self, x: jax.Array) -> jax.Array:
     """The last norm."""
@@ -215,9 +208,3 @@ def read_out(hidden: jax.Array, columns: jax.Array, tokens: jax.Array) -> jax.Ar
   """Logits by the columns [D, V] of the output matrix; see `Transformer.logits`."""
   logits = jnp.matmul(hidden, columns.astype(hidden.dtype), preferred_element_type=jnp.float32)
   return jnp.where((tokens != HOLE)[..., None], logits, 0.0)
-
-
-def _attend_grid(attend, dropout_key, q, k, v):
-  """Attention of a whole grid to itself; heads go before cells for the kernel and back."""
-  heads_first = lambda x: jnp.swapaxes(x, 1, 2)
-  return heads_first(attend(heads_first(q), heads_first(k), heads_first(v), dropout_key))

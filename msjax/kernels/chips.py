@@ -1,0 +1,61 @@
+"""What a TensorCore of each TPU generation can do at most: arithmetic, memory, clock."""
+
+import dataclasses
+
+from msjax.errors import InputError, nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """One TensorCore of a TPU generation.
+
+  A `vmatmul` streams one register through an MXU: 16 rows of bfloat16 or, at half the time, 8 of
+  float32. Peak arithmetic settles how long that takes: on v5e 197 TFLOP/s at 1.5 GHz are 131,072 a
+  cycle, that is four MXUs of 128 x 128, each with a row a cycle; on v6e 918 at 1.75 GHz are
+  524,288, two MXUs of 256 x 256 with two rows a cycle. The schedules agree: they never put two
+  `vmatmul` of one MXU closer for long.
+
+  Attributes:
+    name: as topologies are called, without the shape.
+    mxus: matrix units.
+    vmatmul_cycles: time of one bfloat16 `vmatmul`.
+    mxu_side: rows and columns of a matrix unit.
+    hertz: clock.
+    cores: TensorCores of a chip; kernels split their grid over them.
+    hbm_bytes_per_second: of the chip.
+  """
+
+  name: str
+  mxus: int
+  vmatmul_cycles: int
+  mxu_side: int
+  hertz: float
+  cores: int
+  hbm_bytes_per_second: float
+
+  @property
+  def flops_per_cycle(self) -> float:
+    """Peak bfloat16 arithmetic of one core."""
+    return self.mxus * 2 * self.mxu_side**2 * 16 / self.vmatmul_cycles
+
+
+CHIPS = {
+  "v5e": Chip("v5e", 4, 16, 128, 1.5e9, 1, 819e9),
+  "v5p": Chip("v5p", 4, 16, 128, 1.75e9, 2, 2765e9),
+  "v6e": Chip("v6e", 2, 8, 256, 1.75e9, 1, 1640e9),
+}
+
+
+def chip_of(topology: str) -> Chip:
+  """Returns the chip of a topology such as `v5e:2x2`.
+
+  Raises:
+    InputError: it is none of `CHIPS`.
+  """
+  name = topology.partition(":")[0]
+  if name not in CHIPS:
+    raise InputError(
+      f"topology {topology!r}: expected one of {', '.join(CHIPS)} and a shape, as in v5e:2x2"
+      f"{nearest(name, CHIPS)}"
+    )
+  return CHIPS[name]
