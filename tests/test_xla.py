@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_cases import NAMES, dense, jit
 
 from msjax.kernels import xla
 from msjax.kernels.xla import Dropout, attention
 from msjax.streams import Stream, Streams, Visibility
 
 HEAD, RATE = 8, 0.3
-# Compiling takes most of the time here, and LLVM's optimisation most of that.
-jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def random_visibility(rng, B, L, M):
@@ -34,29 +33,6 @@ def random_case(N, K, L, M, seed=0):
   normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
   q, k, v = normal(B, N, L, HEAD), normal(B, K, M, HEAD), normal(B, K, M, HEAD)
   return (q, k, v), normal(B, N, L, HEAD), random_visibility(rng, B, L, M)
-
-
-def dense(q, k, v, visibility, d_out, kept=1.0):
-  """Softmax attention and its gradients in float64, as a textbook has them.
-
-  `kept` [B, N, L, M] are the factors by which dropout multiplies probabilities.
-  """
-  q, k, v, d_out = (np.asarray(x, np.float64) for x in (q, k, v, d_out))
-  group = q.shape[1] // k.shape[1]
-  k, v = (np.repeat(x, group, axis=1) for x in (k, v))
-  see = np.asarray(visibility.dense())[:, None]
-  scale = 1 / np.sqrt(q.shape[-1])
-  scores = np.where(see, np.einsum("bnqh,bnkh->bnqk", q, k) * scale, -np.inf)
-  p = np.exp(scores - scores.max(-1, keepdims=True))
-  p /= p.sum(-1, keepdims=True)
-  out = np.einsum("bnqk,bnkh->bnqh", p * kept, v)
-  d_p = np.einsum("bnqh,bnkh->bnqk", d_out, v) * kept
-  d_s = p * (d_p - (d_p * p).sum(-1, keepdims=True)) * scale
-  over_group = lambda x: x.reshape(x.shape[0], -1, group, *x.shape[2:]).sum(2)
-  d_q = np.einsum("bnqk,bnkh->bnqh", d_s, k)
-  d_k = over_group(np.einsum("bnqk,bnqh->bnkh", d_s, q))
-  d_v = over_group(np.einsum("bnqk,bnqh->bnkh", p * kept, d_out))
-  return out, d_q, d_k, d_v
 
 
 def blocked(q, k, v, visibility, d_out, dropout_key=None):
@@ -101,7 +77,7 @@ def test_is_dense_attention(blocks, heads, length, keys, sizes):
   arrays, d_out, visibility = random_case(*heads, length, keys)
   ours = blocked(*arrays, visibility, d_out)
   theirs = dense(*arrays, visibility, d_out)
-  for name, a, b in zip(("out", "d_q", "d_k", "d_v"), ours, theirs):
+  for name, a, b in zip(NAMES, ours, theirs):
     assert a.dtype == jnp.float32
     np.testing.assert_allclose(a, b, atol=2e-5, rtol=0, err_msg=name)
 
@@ -169,9 +145,7 @@ def test_dropout_is_differentiated_as_it_was_applied(blocks, sizes):
   key = jax.random.key(7)
   kept = kept_factors(heads, L, visibility, key)
   ours = blocked(*arrays, visibility, d_out, key)
-  for name, a, b in zip(
-    ("out", "d_q", "d_k", "d_v"), ours, dense(*arrays, visibility, d_out, kept)
-  ):
+  for name, a, b in zip(NAMES, ours, dense(*arrays, visibility, d_out, kept)):
     np.testing.assert_allclose(a, b, atol=3e-5, rtol=0, err_msg=name)
 
 

@@ -1,6 +1,6 @@
 """Cycles of a Pallas kernel, read from the final schedule that the TPU compiler dumps.
 
-A schedule is a list of bundles, each one cycle if nothing stalls. Cycles are counted in three steps.
+A schedule is a list of bundles, each one cycle if nothing stalls. They are counted in three steps.
 
 1. Branches cut the program into regions (basic blocks), loops (a branch back) and guards (a branch
    forward: what it jumps over).
