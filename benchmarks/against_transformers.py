@@ -25,8 +25,8 @@ from rich.table import Table
 
 from msjax import cli
 from msjax.config import Config, ModelConfig, OptimConfig
-from msjax.decoding.prepared import Unrolled
 from msjax.decoding.generate import FREE, Decoder, decode
+from msjax.decoding.prepared import Unrolled
 from msjax.errors import InputError, RunError
 from msjax.hub.names import STREAM_EMBEDDING, read_params
 from msjax.streams import HOLE, Stream, Streams

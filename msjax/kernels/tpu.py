@@ -87,7 +87,8 @@ def plan(q: Array, k: Array, visibility: Visibility) -> Plan:
   causal = (end <= index // LANES * LANES + LANES).reshape(B, -1, block).all(-1)
   own = jnp.eye(kinds.shape[1], dtype=bool)
   group = q.shape[1] // k.shape[1]
-  parts = tpu_backward.parts(group, kinds.shape[1], block, q.shape[3], q.dtype.itemsize)
+  width = _padded_head_dim(q.shape[3])
+  parts = tpu_backward.parts(group, kinds.shape[1], block, width, q.dtype.itemsize)
   by_keys = jnp.where(own & causal[..., None], blocks.HIDDEN, kinds).swapaxes(1, 2)
   return Plan(
     intervals=jnp.stack([start, end], axis=1),
@@ -146,10 +147,14 @@ def attend_scaled(
   """As `attention`, of queries that are multiplied by `q_factor` already."""
   B, N, L, H = q.shape
   K, P = k.shape[1], plan.keys.shape[2]
-  width = next(h for h in HEAD_DIMS if h >= H)
+  width = _padded_head_dim(H)
   fill = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, P - L), (0, width - H)])
   out = _attention(interpret, fill(q).reshape(B, K, N // K, P, width), fill(k), fill(v), plan)
   return out.reshape(B, N, P, width)[:, :, :L, :H]
+
+
+def _padded_head_dim(head_dim):
+  return next(width for width in HEAD_DIMS if width >= head_dim)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
