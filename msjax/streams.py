@@ -235,7 +235,7 @@ class Streams:
       raise InputError(
         f"positions: shape {positions.shape}; expected {tokens.shape}, as tokens has"
       )
-    told = np.asarray(tokens) != HOLE
+    told, positions = np.asarray(tokens) != HOLE, np.asarray(positions, np.int64)
     start = np.asarray(_segment_start(tokens, segments), np.int64)[..., None]
     lifted = np.where(told, positions + (start << 32), -1)  # so that segments lie apart
     before = np.maximum.accumulate(lifted, axis=1)[:, :-1]

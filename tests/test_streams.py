@@ -290,10 +290,13 @@ def test_json_of_another_version_is_told():
 TWO = stream_set("input", "output")
 
 
-def test_positions_may_stand_still_jump_and_start_again_in_each_segment():
-  tokens = np.ones((1, 4, 2), np.int32)
-  positions = np.array([[[0, 3], [0, 7], [0, 0], [5, 0]]], np.int32)
-  TWO.check_positions(positions, tokens, np.array([[0, 0, 1, 1]], np.int32))
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray])
+def test_positions_may_stand_still_jump_and_start_again_in_each_segment(array):
+  tokens = array(np.ones((1, 4, 2), np.int32))
+  positions = array([[[0, 3], [0, 7], [0, 0], [5, 0]]])
+  segments = array(np.array([[0, 0, 1, 1]], np.int32))
+  TWO.check_positions(positions, tokens, segments)
+  TWO.check_positions(TWO.positions(tokens, segments), tokens, segments)
 
 
 def test_positions_may_not_run_backwards_in_a_segment():

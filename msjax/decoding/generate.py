@@ -62,7 +62,7 @@ class Decoder:
     self.model, self.streams = model, model.trunk.streams
     self.temperature = jnp.float32(temperature)
     self.key = jax.random.key(seed)
-    self.cache = model.room(batch, rows)
+    self.cache = model.room(batch, max(rows, 1))
     self.rows_fed = 0
     self.proposal = jnp.full((batch, len(self.streams)), self.streams.silence_id, jnp.int32)
 

@@ -130,7 +130,7 @@ class Stacked(Prepared):
       block, i = block_and_index
       new = []
 
-      def attend(q, k, v, q_scale, k_scale):
+      def attend(q, k, v, q_scale, k_scale):  # the block gives its keys and values to nobody else
         new.extend((turn(k, k_scale), v))
         return tpu_decode.attention(turn(q, q_scale), *new, cache.k, cache.v, i, plan)
 
@@ -198,7 +198,7 @@ def _stacked(model: Transformer) -> Stacked:
 
 
 def _cast(model, array, matrix_ndim):
-  """Casts a matrix; norm scales and biases stay float32."""
+  """Casts a matrix; scales of norms stay float32."""
   return array if array.ndim < matrix_ndim else array.astype(model.dtype)
 
 

@@ -1,6 +1,7 @@
 """Which attention runs where: the one place that chooses, and says why."""
 
 import functools
+from collections.abc import Callable
 from typing import Protocol
 
 import jax
@@ -29,7 +30,7 @@ class Turn(Protocol):
 
 
 class Attend(Protocol):
-  """Attention of whole grids, from the products on."""
+  """Attention from the products on: norm, rotation, and who sees whom."""
 
   def __call__(
     self,
@@ -38,7 +39,6 @@ class Attend(Protocol):
     v: jax.Array,
     q_scale: jax.Array | None,
     k_scale: jax.Array | None,
-    dropout_key: jax.Array | None = None,
   ) -> jax.Array:
     """q [B, L, N, H], k and v [B, L, K, H] -> [B, L, N, H]."""
 
@@ -93,7 +93,7 @@ def of_grid(
   streams: Streams,
   turn: Turn,
   dropout: float = 0.0,
-) -> Attend:
+) -> Callable[..., jax.Array]:
   """Prepares attention of a whole grid to itself, once for all layers; the log says who attends.
 
   Args:
@@ -104,6 +104,9 @@ def of_grid(
     streams: of the grid.
     turn: of queries and keys.
     dropout: rate, 0 for none.
+
+  Returns:
+    An `Attend` that takes a `dropout_key` besides.
   """
   backend, reason = choose(q, k, v, streams, dropout)
   _say(f"grids attend by {_NAMES[backend]}: {reason}")

@@ -38,7 +38,7 @@ def kinds(visibility: Visibility, block: int) -> jax.Array:
 
   Returns:
     int32 [B, n, n], n = L / block, queries first: WHOLE where every query sees every key, HIDDEN
-    where no query sees any; PARTIAL elsewhere, and where a query may see none but its own.
+    where their intervals show that none sees any; PARTIAL elsewhere, and in the block of its own.
   """
   B, L = visibility.key_ok.shape
   of_queries = lambda x: x.reshape(B, -1, 1, block)

@@ -117,7 +117,8 @@ def attention(
     q: [B, N, L, H], cells in attention order; N a multiple of K.
     k: [B, K, L, H].
     v: [B, K, L, H].
-    visibility: who sees whom, or what `plan` made of it, once for all layers.
+    visibility: who sees whom, or what `plan` made of it, once for all layers. No query may see a
+      key more than 128 places after its own.
     interpret: run on the CPU, for tests.
 
   Returns:
@@ -131,8 +132,8 @@ def attention(
   if reason:
     raise ValueError(reason)
   todo = visibility if isinstance(visibility, Plan) else plan(q, k, visibility)
-  # Where XLA fuses this with what made q, q is rounded once only.
-  q = (q * q_factor(q.shape[3])).astype(q.dtype)
+  # In float32, for bfloat16 would round the factor too, and so heat or cool all scores alike.
+  q = (q.astype(jnp.float32) * q_factor(q.shape[3])).astype(q.dtype)
   return attend_scaled(q, k, v, todo, interpret=interpret)
 
 

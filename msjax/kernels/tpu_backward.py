@@ -106,7 +106,7 @@ def parts(group: int, blocks: int, block: int, head_dim: int, itemsize: int) -> 
 
 
 def _part(block, queries, keys, part, todo, sum_dtype, *, interpret):
-  """Gradients by the queries of one part, all of which see their keys again in other parts."""
+  """Gradients by the queries of one part; those of keys are yet to be summed over parts."""
   B, K, G, _, H = queries.q.shape
   L = keys.k.shape[2]
   n, m = todo.visits.index.shape[1:]

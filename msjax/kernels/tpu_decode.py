@@ -18,15 +18,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from msjax.kernels.tpu_forward import LANES, NEVER, exact
 from msjax.streams import Visibility
 
 KEY_BLOCK = 1024
 MAX_ROWS = 512  # of queries in a product
 MAX_STEPS = 24_576  # 768 KiB of lists in 1 MiB of scalar memory
-LANES = 128
 _SUBLANES = 8
 _VMEM_BYTES = 48 << 20
-_NEVER = -1e30  # a finite stand-in for -inf: exp2(x - _NEVER) is masked, never NaN
 _FIRST, _LAST, _SEEN, _MASKED = 1, 2, 4, 8  # bits of what a step does
 
 
@@ -229,6 +228,15 @@ def refusal(
     return (
       f"q: shape {q.shape}; {heads.rows} rows in one product, this kernel takes up to {MAX_ROWS}"
     )
+  itemsize = jnp.dtype(q.dtype).itemsize
+  # What is kept between steps, and what two steps have in memory: q and out, keys and values.
+  kept = heads.panels * heads.rows * LANES * (itemsize + 12)
+  fetched = 4 * (S * N * H + (S + key_block(k_cache)) * K * H) * itemsize
+  if kept + fetched > _VMEM_BYTES:
+    return (
+      f"q: shape {q.shape}; needs {(kept + fetched) >> 20} MiB of VMEM, this kernel takes up to "
+      f"{_VMEM_BYTES >> 20}"
+    )
   for name, x, like in (("v_new", v_new, k_new), ("v_cache", v_cache, k_cache)):
     if x.shape != like.shape:
       return f"{name}: shape {x.shape}; expected {like.shape}"
@@ -347,9 +355,8 @@ def _kernel(heads, *refs):
   queries, top, total, acc = refs[13:]
   do = todo[pl.program_id(0), pl.program_id(1)]
   panels = [(i, slice(i * LANES, (i + 1) * LANES)) for i in range(heads.panels)]
-  precision = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
   product = functools.partial(
-    jax.lax.dot_general, precision=precision, preferred_element_type=jnp.float32
+    jax.lax.dot_general, precision=exact(q), preferred_element_type=jnp.float32
   )
 
   def scores(i, keys):
@@ -367,7 +374,7 @@ def _kernel(heads, *refs):
       for rows, there, *halves in heads.places(i):
         acc[i, rows] = heads.moved(q[:, there].astype(jnp.float32), *halves)
       queries[i] = acc[i].astype(q.dtype)
-      s = jnp.where(see, scores(i, k_new[:, lanes]), _NEVER)
+      s = jnp.where(see, scores(i, k_new[:, lanes]), NEVER)
       greatest = s.max(-1, keepdims=True)
       p = jnp.exp2(s - greatest)
       top[i] = jnp.broadcast_to(greatest, top.shape[1:])
@@ -381,7 +388,7 @@ def _kernel(heads, *refs):
     for i, lanes in panels:
       s, values = scores(i, k[:, lanes]), v[:, lanes]
       if masked:
-        s = jnp.where(see, s, _NEVER)
+        s = jnp.where(see, s, NEVER)
         values = pltpu.bitcast(pltpu.bitcast(values, jnp.int32) & keep, v.dtype)  # 0 x NaN is NaN
       old = top[i]
       greatest = jnp.maximum(old, s.max(-1, keepdims=True))

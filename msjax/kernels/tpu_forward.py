@@ -1,11 +1,11 @@
 """The forward pass of stream-block attention on TPU, as two Pallas kernels with one inner step.
 
-One block of queries of the query heads that share a key/value head is stacked into a tall matrix,
-which meets the key blocks it sees one after another in a running softmax (Milakov and Gimelshein
-2018, arXiv 1805.02867; Dao 2022, arXiv 2205.14135; here in base 2). First comes the block of the
-queries' own keys: it finds empty sums, so that nothing is set to zero and nothing rescaled, and the
-keys after the queries are not looked at. Then come blocks that need a mask, then those that need
-none.
+Blocks of queries of the heads that share a key/value head are stacked into tall matrices, which
+meet the key blocks they see one after another in a running softmax (Milakov and Gimelshein 2018,
+arXiv 1805.02867; Dao 2022, arXiv 2205.14135; here in base 2). First comes the block of the queries'
+own keys: it finds empty sums, so that nothing is set to zero and nothing rescaled, and of the keys
+after a query no more than 128 are looked at. Then come blocks that need a mask, then those that
+need none.
 
 Where the keys and values of a head fit into VMEM they stay there and the walk is a loop. Where they
 do not, each visit is a step of the grid, and its keys are fetched while the last one is computed.
@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 from msjax.kernels.blocks import Visits
 
 LANES = 128
-NEVER = -1e30  # a finite stand-in for -inf: what meets it is rescaled by 2 ** NEVER = 0, never NaN
+NEVER = -1e30  # a finite stand-in for -inf: 2 ** (NEVER - top) is 0, and never NaN
 VMEM_LIMIT = 56 * 2**20  # bytes; a core has 128 MiB on v5e and v6e, 64 MiB on v5p
 RESIDENT = 32 * 2**20  # bytes of keys and values that may stay in VMEM
 TALL = 1024  # rows of one matrix of stacked queries

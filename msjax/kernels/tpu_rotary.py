@@ -41,7 +41,7 @@ def rotary(
 
   Args:
     x: [B, L, N, H], H of `HEAD_DIMS`.
-    cos: float32 [B, L, H / 2].
+    cos: float32 [B, L, H / 2]; gets no gradient, nor does sin.
     sin: float32 [B, L, H / 2].
     scale: [H], of the root-mean-square norm over a head; None for no norm.
     eps: of the norm.
@@ -50,7 +50,12 @@ def rotary(
 
   Returns:
     [B, N, L, H] in x's dtype, rounded once.
+
+  Raises:
+    ValueError: the head dim is none of these.
   """
+  if x.shape[3] not in HEAD_DIMS:
+    raise ValueError(f"x: shape {x.shape}; the rotary kernel takes a head dim of 128 or 256")
   angles = jnp.concatenate([cos, sin], axis=-1)
   return _rotary(_Static(eps, factor, interpret), x, angles, scale)
 
