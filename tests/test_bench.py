@@ -86,7 +86,7 @@ ROWS = [
 
 def test_ratios_are_to_the_best_tile():
   compared = bench.compare(ROWS, bench.COUNTED)
-  assert [r["ratio"] for r in compared] == [0.715, 1.248, 1, None, None, 0.078, 1]
+  assert [r["ratio"] for r in compared] == [0.715, 1.2482, 1, None, None, 0.0776, 1]
   assert compared[1]["ratio_to"] == "cycles_per_head of splash causal 1024"
   assert compared[4]["ratio_to"] is None
   assert compared[5]["ratio_to"] == "microseconds of XLA dense"

@@ -163,7 +163,7 @@ def compare(rows: Sequence[Row], baselines: Baselines) -> list[Row]:
     kernel, figure = baselines[row["pass"]]
     known = [r for r in rows if (r["pass"], r["kernel"]) == (row["pass"], kernel) and r[figure]]
     best = min(known, key=lambda r: r[figure], default=None)
-    ratio = round(row[figure] / best[figure], 3) if best and row[figure] else None
+    ratio = round(row[figure] / best[figure], 4) if best and row[figure] else None
     compared.append(row | {"ratio": ratio, "ratio_to": best and f"{figure} of {_name(best)}"})
   return compared
 

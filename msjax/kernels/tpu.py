@@ -75,6 +75,9 @@ def plan(q: Array, k: Array, visibility: Visibility) -> Plan:
       none sees a key more than 128 places after its own, as in grids of up to `STREAMS` streams.
   """
   B, _, L, _ = q.shape
+  reason = refusal(q, k, k)
+  if reason:
+    raise ValueError(reason)
   for name, x in zip(visibility._fields, visibility):
     if x.shape != (B, L):
       raise ValueError(f"visibility.{name}: shape {x.shape}; expected {(B, L)} for q {q.shape}")
