@@ -204,7 +204,6 @@ def test_device_times_xla_on_gpu(monkeypatch, command, capsys):
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(not static.libtpu_version(), reason="libtpu is not installed")
 def test_what_does_not_run_is_a_line_with_a_reason(command, capsys):
   shape = dataclasses.replace(TINY, heads=9, kv_heads=1)  # more than our kernels group
   measured = [case for case in bench_cases.cases(shape) if case.direction == "forward"]

@@ -141,7 +141,6 @@ def gradients(streams, q, k, v, visibility):
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.skipif(not static.libtpu_version(), reason="libtpu is not installed")
 @pytest.mark.parametrize("head", [64, 128])
 def test_compiles_for_a_tpu(head):
   length = 2000  # of a padded tile of 1,024

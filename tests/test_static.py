@@ -11,8 +11,6 @@ from msjax.errors import InputError
 from msjax.kernels import static
 from msjax.kernels.schedule import Trips
 
-needs_libtpu = pytest.mark.skipif(not static.libtpu_version(), reason="libtpu is not installed")
-
 
 def test_without_libtpu_it_is_told_what_to_install(monkeypatch):
   monkeypatch.setattr(static, "libtpu_version", lambda: None)
@@ -47,7 +45,6 @@ def add_products(rows=128):
 
 
 @pytest.mark.tpu_compiler
-@needs_libtpu
 @pytest.mark.parametrize(
   ("topology", "vmatmuls"), [("v5e:2x2", 8), ("v5p:2x2x1", 8), ("v6e:2x2", 4)]
 )
@@ -70,7 +67,6 @@ def measure_all(*rows):
 
 
 @pytest.mark.tpu_compiler
-@needs_libtpu
 def test_a_process_reads_the_schedule_of_what_it_compiled_last():
   (programs,) = static.fresh_processes([functools.partial(measure_all, 64, 128, 32, 256)])
   assert [k.bodies[0].vmatmuls for p in programs for k in p.kernels.values()] == [4, 8, 2, 16]
@@ -82,7 +78,6 @@ def product():
 
 
 @pytest.mark.tpu_compiler
-@needs_libtpu
 def test_a_program_without_kernels_is_read():
   program = static.measure(product, "v5e:2x2")
   assert not program.kernels
@@ -92,7 +87,6 @@ def test_a_program_without_kernels_is_read():
 
 
 @pytest.mark.tpu_compiler
-@needs_libtpu
 def test_a_topology_that_libtpu_does_not_know_is_told():
   with pytest.raises(InputError, match=r"^topology 'v5e:3x77': .*; v5e:2x2 would do$"):
     static.measure(product, "v5e:3x77")

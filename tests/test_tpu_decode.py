@@ -4,7 +4,6 @@ Nothing here runs on a TPU: the kernel is interpreted, and compiled for TPUs ahe
 """
 
 import functools
-import os
 import re
 
 import hypothesis
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from msjax.kernels import static
 from msjax.kernels.tpu_decode import attention, key_block, plan, refusal, write_rows
 from msjax.streams import HOLE, SAME_ROW, Stream, Streams, Visibility
 
@@ -384,21 +384,6 @@ def test_refuses_a_visibility_of_another_cache():
 # What the TPU compiler makes of it.
 
 
-def compiled_for(topology, function, *arguments, **jit_options):
-  """The program of one core; there need be no TPU."""
-  pytest.importorskip("libtpu")
-  from jax.experimental import topologies
-
-  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-  device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
-  there = jax.sharding.SingleDeviceSharding(device)
-  place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=there)
-  return jax.jit(function, **jit_options).lower(*jax.tree.map(place, arguments)).compile()
-
-
 def over_layers(q, k_new, v_new, k_cache, v_cache, visibility):
   """As a model decodes: a scan over layers, the stacked cache closed over."""
   work = plan(visibility, k_cache)
@@ -410,7 +395,7 @@ def over_layers(q, k_new, v_new, k_cache, v_cache, visibility):
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v5:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 @pytest.mark.parametrize(
   "kwargs",
   [
@@ -421,7 +406,7 @@ def over_layers(q, k_new, v_new, k_cache, v_cache, visibility):
 )
 def test_compiles_and_reads_the_cache_in_place(topology, kwargs):
   arguments = shapes(**kwargs)
-  program = compiled_for(topology, over_layers, *arguments.values())
+  program = static.compile_for(over_layers, arguments.values(), topology)
   cache = arguments["k_cache"]
   a_layer = cache.size // cache.shape[0] * cache.dtype.itemsize
   memory = program.memory_analysis()
@@ -437,7 +422,7 @@ def test_compiles_and_reads_the_cache_in_place(topology, kwargs):
 def test_writes_in_place():
   cache = cache_shape(16, 5248, layers=4)
   new, at = cache_shape(16, 10, layers=4), jax.ShapeDtypeStruct((16,), jnp.int32)
-  program = compiled_for("v5e:2x2", write_rows, cache, new, at, donate_argnums=0)
+  program = static.compile_for(write_rows, (cache, new, at), "v5e:2x2", donate_argnums=0)
   memory = program.memory_analysis()
   assert memory.alias_size_in_bytes == cache.size * cache.dtype.itemsize
   assert memory.temp_size_in_bytes < 1e6

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 
 from msjax.decoding.cache import Cache
 from msjax.kernels import api, tpu_decode, xla
-from msjax.models.layers import Turn
+from msjax.kernels.lanes import LANES
+from msjax.kernels.rotary import Turn
 from msjax.models.transformer import Block, Transformer, read_out
 from msjax.streams import Visibility
 
@@ -120,7 +121,7 @@ class Stacked(Prepared):
   @property
   def key_block(self) -> int:
     """See `Prepared`."""
-    return tpu_decode.LANES
+    return LANES
 
   def through_layers(self, x, turn, cache, visibility):
     """See `Prepared`."""

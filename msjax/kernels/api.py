@@ -9,24 +9,8 @@ import jax.numpy as jnp
 from absl import logging
 
 from msjax.kernels import splash, tpu, tpu_decode, tpu_rotary, xla
+from msjax.kernels.rotary import Turn
 from msjax.streams import Streams, Visibility
-
-
-class Turn(Protocol):
-  """What norms queries or keys [B, L, heads, H] by a scale [H], or none, and rotates them.
-
-  Attributes:
-    cos: float32 [B, L, H / 2], of the angle.
-    sin: float32 [B, L, H / 2].
-    eps: of the norm.
-  """
-
-  cos: jax.Array
-  sin: jax.Array
-  eps: float
-
-  def __call__(self, x: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """Returns [B, L, heads, H]."""
 
 
 class Attend(Protocol):

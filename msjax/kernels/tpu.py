@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from msjax.kernels import blocks, tpu_backward, tpu_forward
+from msjax.kernels.lanes import LANES
 from msjax.kernels.tpu_backward import Queries
-from msjax.kernels.tpu_forward import LANES, Keys
+from msjax.kernels.tpu_forward import Keys
 from msjax.streams import Visibility
 
 HEAD_DIMS = (64, 128, 256)  # 64 costs as much as 128, for so wide are the lanes

@@ -18,14 +18,21 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from msjax.kernels.blocks import Visits
-from msjax.kernels.tpu_forward import LANES, NEVER, VMEM_LIMIT, Keys, as_column, exact
+from msjax.kernels.lanes import (
+  COLUMNS_COLUMNS,
+  COLUMNS_ROWS,
+  LANES,
+  NEVER,
+  ROWS_ROWS,
+  VMEM_LIMIT,
+  as_column,
+  product,
+)
+from msjax.kernels.tpu_forward import Keys
 
 RESIDENT = 40 * 2**20  # bytes of queries, their cotangents and gradients that may stay in VMEM
 
 _LN2 = 0.6931471805599453
-_OVER_HEAD_DIM = (((1,), (1,)), ((), ()))  # [n, H] x [m, H] -> [n, m]
-_OVER_QUERIES = (((1,), (0,)), ((), ()))  # [n, m] x [m, H] -> [n, H]
-_OVER_KEYS = (((0,), (0,)), ((), ()))  # [n, m] x [n, H] -> [m, H]
 
 
 class Queries(NamedTuple):
@@ -183,9 +190,6 @@ def _kernel(
   j, n = pl.program_id(2), pl.num_programs(2)
   row = pl.program_id(0) * n + j
   G, m = dq.shape[0], dq.shape[1] // block
-  product = functools.partial(
-    lax.dot_general, precision=exact(keys.k), preferred_element_type=jnp.float32
-  )
 
   def visit(i, g, tiles, masked):
     """Takes (keys, queries), slices of this block and of query block i, head g, for each tile.
@@ -197,19 +201,19 @@ def _kernel(
     forward, backward = [], []
     for of_keys, rows in tiles:
       q, d_out = queries.q[g, at(rows)], queries.d_out[g, at(rows)]
-      s = product(keys.k[of_keys], q, _OVER_HEAD_DIM) - queries.log_sum[g, :, at(rows)]
+      s = product(keys.k[of_keys], q, COLUMNS_COLUMNS) - queries.log_sum[g, :, at(rows)]
       if masked:
         own = (part[0] * m + i - j) * block + rows.start - of_keys.start
         s += _penalty(key_index[of_keys], queries.intervals[:, at(rows)], own)
       p = jnp.exp2(jnp.minimum(s, 0.0))  # none is above 1, however the sum was rounded
       forward.append((q, d_out, p))
     for (of_keys, rows), (q, d_out, p) in zip(tiles, forward):
-      dv_sum[of_keys] += product(p.astype(d_out.dtype), d_out, _OVER_QUERIES)
-      d_p = product(keys.v[of_keys], d_out, _OVER_HEAD_DIM)
+      dv_sum[of_keys] += product(p.astype(d_out.dtype), d_out, COLUMNS_ROWS)
+      d_p = product(keys.v[of_keys], d_out, COLUMNS_COLUMNS)
       backward.append((q, (p * (d_p - queries.delta[g, :, at(rows)])).astype(q.dtype)))
     for (of_keys, rows), (q, d_s) in zip(tiles, backward):
-      dk_sum[of_keys] += product(d_s, q, _OVER_QUERIES)
-      dq_sum[g, at(rows)] += product(d_s, keys.k[of_keys], _OVER_KEYS)
+      dk_sum[of_keys] += product(d_s, q, COLUMNS_ROWS)
+      dq_sum[g, at(rows)] += product(d_s, keys.k[of_keys], ROWS_ROWS)
 
   def visit_own(g, _):
     """128 keys at a time, with the queries that do not stand before them."""

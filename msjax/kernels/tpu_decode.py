@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from msjax.kernels.tpu_forward import LANES, NEVER, exact
+from msjax.kernels.lanes import COLUMNS_COLUMNS, COLUMNS_ROWS, LANES, NEVER, as_column, product
 from msjax.streams import Visibility
 
 KEY_BLOCK = 1024
@@ -355,16 +355,13 @@ def _kernel(heads, *refs):
   queries, top, total, acc = refs[13:]
   do = todo[pl.program_id(0), pl.program_id(1)]
   panels = [(i, slice(i * LANES, (i + 1) * LANES)) for i in range(heads.panels)]
-  product = functools.partial(
-    jax.lax.dot_general, precision=exact(q), preferred_element_type=jnp.float32
-  )
 
   def scores(i, keys):
     scale = math.log2(math.e) / math.sqrt(heads.H)
-    return product(queries[i], keys, (((1,), (1,)), ((), ()))) * scale
+    return product(queries[i], keys, COLUMNS_COLUMNS) * scale
 
   def weighted(weights, values):
-    return product(weights.astype(values.dtype), values, (((1,), (0,)), ((), ())))
+    return product(weights.astype(values.dtype), values, COLUMNS_ROWS)
 
   @pl.when(do & _FIRST != 0)
   def _():
@@ -415,7 +412,7 @@ def _kernel(heads, *refs):
 
 def _by_key(key_ok, dtype):
   """int32 [1, keys], -1 or 0, -> [keys, 128] of dtype's size, as the int32 words that it fills."""
-  by_key = jnp.broadcast_to(key_ok, (LANES, key_ok.shape[1])).T
+  by_key = as_column(key_ok)
   if dtype == jnp.bfloat16:
     by_key = pltpu.bitcast(by_key.astype(jnp.int16), jnp.int32)
   return by_key

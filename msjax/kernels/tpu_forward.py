@@ -21,15 +21,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from msjax.kernels.blocks import Visits
+from msjax.kernels.lanes import (
+  COLUMNS_COLUMNS,
+  COLUMNS_ROWS,
+  LANES,
+  NEVER,
+  VMEM_LIMIT,
+  as_column,
+  product,
+)
 
-LANES = 128
-NEVER = -1e30  # a finite stand-in for -inf: 2 ** (NEVER - top) is 0, and never NaN
-VMEM_LIMIT = 56 * 2**20  # bytes; a core has 128 MiB on v5e and v6e, 64 MiB on v5p
 RESIDENT = 32 * 2**20  # bytes of keys and values that may stay in VMEM
 TALL = 1024  # rows of one matrix of stacked queries
-
-_OVER_HEAD_DIM = (((1,), (1,)), ((), ()))  # [m, H] x [n, H] -> [m, n]
-_OVER_KEYS = (((1,), (0,)), ((), ()))  # [m, n] x [n, H] -> [m, H]
 
 
 class Keys(NamedTuple):
@@ -276,11 +279,6 @@ def _block(j, size):
   return pl.ds(pl.multiple_of(j * size, size), size)
 
 
-def as_column(row: jax.Array) -> jax.Array:
-  """[1, n], 32 bits -> [n, 128], the same in all lanes."""
-  return jnp.broadcast_to(row, (LANES, row.shape[1])).T
-
-
 def _penalty(start, end, index, own=None):
   """Returns float32 [m, n]: 0 where a query sees a key, NEVER elsewhere.
 
@@ -302,7 +300,7 @@ def _penalty(start, end, index, own=None):
 
 def _scores(q, k, penalty):
   """Returns float32 [m, n]."""
-  s = lax.dot_general(q, k, _OVER_HEAD_DIM, precision=exact(q), preferred_element_type=jnp.float32)
+  s = product(q, k, COLUMNS_COLUMNS)
   if penalty is None:
     return s
   return (s.reshape(-1, *penalty.shape) + penalty).reshape(s.shape)
@@ -310,15 +308,8 @@ def _scores(q, k, penalty):
 
 def _weighed(p, v):
   """Returns the weighted sum of values [m, H], and per lane the sum of weights [m, 128]."""
-  out = lax.dot_general(
-    p.astype(v.dtype), v, _OVER_KEYS, precision=exact(v), preferred_element_type=jnp.float32
-  )
+  out = product(p.astype(v.dtype), v, COLUMNS_ROWS)
   return out, sum(p[:, at : at + LANES] for at in range(0, p.shape[1], LANES))
-
-
-def exact(x: jax.Array) -> lax.Precision | None:
-  """Returns how to multiply: float32 in float32, where the default is one pass in bfloat16."""
-  return lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
 def _first_visits(scratch, causal, q, intervals, keys):

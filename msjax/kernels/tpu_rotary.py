@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from msjax.kernels.tpu_forward import LANES, VMEM_LIMIT
+from msjax.kernels.lanes import LANES, VMEM_LIMIT
 
 HEAD_DIMS = (128, 256)  # whole registers
 _ROWS = 512

@@ -1,7 +1,6 @@
-"""The pieces of a layer: matrix product, RMSNorm, rotary positions."""
+"""The pieces of a layer: matrix product, angles of rotary positions."""
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +37,6 @@ def _product_gradients(saved, g):
 _product.defvjp(_product_saving, _product_gradients)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-  """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
-  y = x.astype(jnp.float32)
-  y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-  return (y * scale).astype(x.dtype)
-
-
 def rope_angles(
   positions: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None
 ) -> tuple[jax.Array, jax.Array]:
@@ -72,31 +64,3 @@ def _llama3_frequencies(frequency: jax.Array, scaling: RopeScaling) -> jax.Array
   keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
   keep = jnp.clip(keep, 0.0, 1.0)
   return frequency * (keep + (1 - keep) / scaling.factor)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-  """Rotates [B, L, heads, H] by its positions; pairs are (i, i + H / 2), as in Hugging Face."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  cos, sin = cos[:, :, None], sin[:, :, None]
-  turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-  return turned.astype(x.dtype)
-
-
-class Turn(NamedTuple):
-  """What befalls queries and keys between their product and attention: norm, then rotation.
-
-  Attributes:
-    cos: float32 [B, L, H / 2], of `rope_angles`.
-    sin: float32 [B, L, H / 2].
-    eps: of the norm.
-  """
-
-  cos: jax.Array
-  sin: jax.Array
-  eps: float
-
-  def __call__(self, x: jax.Array, scale: jax.Array | None) -> jax.Array:
-    """Turns [B, L, heads, H]; `scale` [H] is the norm's, None for no norm."""
-    if scale is not None:
-      x = rms_norm(x, scale, self.eps)
-    return rotate(x, self.cos, self.sin)

@@ -13,7 +13,8 @@ from flax import nnx
 
 from msjax.config import ModelConfig
 from msjax.kernels import api
-from msjax.models.layers import Turn, product, rms_norm, rope_angles
+from msjax.kernels.rotary import Turn, rms_norm
+from msjax.models.layers import product, rope_angles
 from msjax.streams import HOLE, Streams
 
 REMAT = {
