@@ -125,6 +125,20 @@ class TrainConfig:
 
 
 @dataclasses.dataclass
+class MeshConfig:
+  """How the chips of a run are used; their product is the number of chips.
+
+  `fsdp` cuts parameters, optimizer and batch; `data` the batch alone, for more chips than that is
+  good for; `model` heads and MLP, for fewer sequences than chips.
+  """
+
+  slices: int = 1  # TPU slices, joined by the slower data-centre network: the batch is cut
+  data: int = 1
+  fsdp: int = 0  # 0: all chips that the others leave
+  model: int = 1  # divides kv_heads and mlp_dim
+
+
+@dataclasses.dataclass
 class Config:
   """One run. `workdir` stands in for --workdir where it is not given."""
 
@@ -137,6 +151,7 @@ class Config:
   loss: LossConfig = dataclasses.field(default_factory=LossConfig)
   optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
   init_from: str = ""  # work directory of another run whose latest parameters to start from
   report: str = ""  # what is measured and shown at the end: arithmetic, likelihood, or nothing
   baseline: dict[str, Any] = dataclasses.field(default_factory=dict)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from msjax import sharding
 from msjax.decoding.cache import Cache
 from msjax.kernels import api, tpu_decode, xla
 from msjax.kernels.lanes import LANES
@@ -93,7 +94,8 @@ class Unrolled(Prepared):
     k_cache, v_cache = list(cache.k), list(cache.v)
     for i, block in enumerate(self.layers):
       at = self._at(cache)
-      x = block(x, functools.partial(_attend_cache, k_cache, v_cache, i, at, visibility, turn))
+      attend = functools.partial(_attend_cache, k_cache, v_cache, i, at, visibility, turn)
+      x = block(x, attend, sharding.CELLS_WHOLE)
     return x, tuple(k_cache), tuple(v_cache)
 
   def _zeros(self, batch, M):
@@ -135,7 +137,7 @@ class Stacked(Prepared):
         new.extend((turn(k, k_scale), v))
         return tpu_decode.attention(turn(q, q_scale), *new, cache.k, cache.v, i, plan)
 
-      x = block(x, attend)
+      x = block(x, attend, sharding.CELLS_WHOLE)
       return x, tuple(rows.reshape(*rows.shape[:2], -1) for rows in new)
 
     x, new = jax.lax.scan(layer, x, (self.layers, jnp.arange(self.trunk.cfg.layers)))
@@ -173,7 +175,7 @@ def feed_row(
   )
   visibility = streams.row_visibility(tokens, cache.row, key_ok)
   turn = trunk.turn(streams.to_attention(positions[:, None]))
-  x = streams.to_attention(trunk.embedded(tokens)[:, None])
+  x = trunk.embedded(tokens[:, None])
   x, k, v = model.through_layers(x, turn, cache, visibility)
   hidden = streams.from_attention(trunk.normed(x))[:, 0]
   return hidden, Cache(k, v, key_ok, cache.row + 1)

@@ -1,40 +1,52 @@
 """The pieces of a layer: matrix product, angles of rotary positions."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from msjax import sharding
 from msjax.config import RopeScaling
 
 
-def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-  """[..., D] x [D, F] -> [..., F] in x's dtype; named "product" for remat policies.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def product(cut: int, x: jax.Array, matrices: tuple[jax.Array, ...]) -> jax.Array:
+  """[..., D] x [D, F1], [D, F2], ... -> [..., F1 + F2 + ...] in x's dtype.
+
+  Matrices are cast first; where `fsdp` cuts their axis `cut`, they are then fetched together, and
+  their gradients are summed over chips in x's dtype, otherwise in their own. They are named
+  "weights" for remat policies, so that nobody keeps what can be fetched again.
 
   The matrix's gradient is written x^T g. JAX's own (g^T x)^T makes XLA on CPU transpose g together
   with all that g is computed from, which takes as long as the product.
   """
-  return checkpoint_name(_product(x, matrix), "product")
+  return x @ _fetched(cut, x.dtype, matrices)
 
 
-@jax.custom_vjp
-def _product(x, matrix):
-  return x @ matrix.astype(x.dtype)
+def _fetched(cut, dtype, matrices):
+  side_by_side = jnp.concatenate([matrix.astype(dtype) for matrix in matrices], axis=1)
+  return checkpoint_name(sharding.gather(side_by_side, "embed", cut), "weights")
 
 
-def _product_saving(x, matrix):
-  return _product(x, matrix), (x, matrix)
+def _product_saving(cut, x, matrices):
+  fetched = _fetched(cut, x.dtype, matrices)
+  return x @ fetched, (x, fetched, matrices)
 
 
-def _product_gradients(saved, g):
-  x, matrix = saved
+def _product_gradients(cut, saved, g):
+  x, fetched, matrices = saved
   flat = lambda a: a.reshape(-1, a.shape[-1])
-  d_matrix = jnp.matmul(flat(x).T, flat(g), preferred_element_type=matrix.dtype)
-  return g @ matrix.T.astype(g.dtype), d_matrix
+  dtype = x.dtype if sharding.size("embed") > 1 else matrices[0].dtype
+  d_fetched = jnp.matmul(flat(x).T, flat(g), preferred_element_type=dtype)
+  d_matrices = sharding.scatter(d_fetched, "embed", cut).astype(matrices[0].dtype)
+  ends = np.cumsum([matrix.shape[1] for matrix in matrices])[:-1]
+  return g @ fetched.T, tuple(jnp.split(d_matrices, ends, axis=1))
 
 
-_product.defvjp(_product_saving, _product_gradients)
+product.defvjp(_product_saving, _product_gradients)
 
 
 def rope_angles(

@@ -9,16 +9,24 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from msjax import sharding
 from msjax.config import ModelConfig
 from msjax.kernels import api
 from msjax.kernels.rotary import Turn, rms_norm
 from msjax.models.layers import product, rope_angles
+from msjax.sharding import Residual
 from msjax.streams import HOLE, Streams
 
+# What the backward pass finds saved, by the names that the parts of a layer give.
+_saved = jax.checkpoint_policies.save_only_these_names
 REMAT = {
-  "dots": jax.checkpoint_policies.save_only_these_names("product", "attention"),
+  "none": jax.checkpoint_policies.save_anything_except_these_names("weights"),
+  "dots": _saved("qkv", "attention", "out", "gate", "up", "down"),
+  "attention": _saved("qkv", "attention"),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -52,25 +60,31 @@ class Attention(nnx.Module):
     self.q_norm = nnx.Param(jnp.ones(H)) if cfg.qk_norm else None
     self.k_norm = nnx.Param(jnp.ones(H)) if cfg.qk_norm else None
 
-  def __call__(self, x: jax.Array, attend: api.Attend) -> jax.Array:
+  def __call__(self, x: jax.Array, attend: api.Attend, residual: Residual) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
+    flat = lambda w: w[...].reshape(len(w), -1)
+    qkv = product(0, residual.whole(x), (flat(self.q), flat(self.k), flat(self.v)))
     q, k, v = (
-      _plus(_to_heads(x, w[...]), b)
-      for w, b in ((self.q, self.q_bias), (self.k, self.k_bias), (self.v, self.v_bias))
+      _plus(heads, bias)
+      for heads, bias in zip(
+        _split(checkpoint_name(qkv, "qkv"), (self.q, self.k, self.v)),
+        (self.q_bias, self.k_bias, self.v_bias),
+      )
     )
     scales = (None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm))
     attended = attend(q, k, v, *scales)
-    return _plus(_from_heads(attended, self.out[...]), self.out_bias)
+    out = product(
+      1, attended.reshape(*attended.shape[:2], -1), (self.out[...].reshape(-1, self.out.shape[-1]),)
+    )
+    return _plus(checkpoint_name(residual.part(out), "out"), self.out_bias)
 
 
-def _to_heads(x, w):
-  """[B, L, D] x [D, N, H] -> [B, L, N, H]."""
-  return product(x, w.reshape(len(w), -1)).reshape(*x.shape[:2], *w.shape[1:])
-
-
-def _from_heads(x, w):
-  """[B, L, N, H] x [N, H, D] -> [B, L, D]."""
-  return product(x.reshape(*x.shape[:2], -1), w.reshape(-1, w.shape[-1]))
+def _split(x, matrices):
+  """[B, L, heads * H] -> [B, L, heads, H] for each of the matrices [D, heads, H] side by side."""
+  shapes = [matrix.shape[1:] for matrix in matrices]
+  ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
+  parts = jnp.split(x, ends, axis=-1)
+  return [part.reshape(*part.shape[:2], *shape) for part, shape in zip(parts, shapes)]
 
 
 class Mlp(nnx.Module):
@@ -86,11 +100,13 @@ class Mlp(nnx.Module):
     self.up_bias = _bias(cfg.mlp_bias, (F,))
     self.down_bias = _bias(cfg.mlp_bias, (D,))
 
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, residual: Residual) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
-    gate = _plus(product(x, self.gate[...]), self.gate_bias)
-    up = _plus(product(x, self.up[...]), self.up_bias)
-    return _plus(product(jax.nn.silu(gate) * up, self.down[...]), self.down_bias)
+    x = residual.whole(x)
+    gate = _plus(checkpoint_name(product(0, x, (self.gate[...],)), "gate"), self.gate_bias)
+    up = _plus(checkpoint_name(product(0, x, (self.up[...],)), "up"), self.up_bias)
+    down = product(1, jax.nn.silu(gate) * up, (self.down[...],))
+    return _plus(checkpoint_name(residual.part(down), "down"), self.down_bias)
 
 
 class Block(nnx.Module):
@@ -104,10 +120,10 @@ class Block(nnx.Module):
     self.mlp_norm = nnx.Param(jnp.ones(cfg.dim))
     self.mlp = Mlp(cfg, rngs=rngs)
 
-  def __call__(self, x: jax.Array, attend: api.Attend) -> jax.Array:
-    """[B, L, D] -> [B, L, D]."""
-    x = x + self.attention(rms_norm(x, self.attention_norm[...], self.eps), attend)
-    return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps))
+  def __call__(self, x: jax.Array, attend: api.Attend, residual: Residual) -> jax.Array:
+    """[B, L, D] -> [B, L, D], cells as `residual` has them."""
+    x = x + self.attention(rms_norm(x, self.attention_norm[...], self.eps), attend, residual)
+    return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps), residual)
 
 
 class Transformer(nnx.Module):
@@ -144,6 +160,21 @@ class Transformer(nnx.Module):
     Returns:
       [B, R, S, D], normed: `logits` takes it from here. At holes it means nothing.
     """
+    cells = self.cells(tokens, segments, positions, dropout_key)
+    return self.streams.from_attention(cells)
+
+  def cells(
+    self,
+    tokens: jax.Array,
+    segments: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    dropout_key: jax.Array | None = None,
+  ) -> jax.Array:
+    """As a call, but [B, L, D] in attention order.
+
+    Chips that share a layer (`model`) deal its cells out between them; L is a multiple of their
+    number.
+    """
     streams = self.streams
     visibility = streams.visibility(tokens, segments)
     if positions is None:
@@ -159,18 +190,27 @@ class Transformer(nnx.Module):
       layer_key = None
       if rate:
         key, layer_key = jax.random.split(key)
-      return (block(x, functools.partial(attend, dropout_key=layer_key)), key), None
+      attend_layer = functools.partial(attend, dropout_key=layer_key)
+      return (block(x, attend_layer, sharding.CELLS_CUT), key), None
 
-    if self.cfg.remat != "none":
-      layer = jax.checkpoint(layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
-    x = streams.to_attention(self.embedded(tokens))
-    (x, _), _ = jax.lax.scan(layer, (x, dropout_key), self.layers)
-    return streams.from_attention(self.normed(x))
+    layer = jax.checkpoint(layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
+    (x, _), _ = jax.lax.scan(layer, (self.embedded(tokens), dropout_key), self.layers)
+    return sharding.CELLS_CUT.whole(self.normed(x))
 
   def embedded(self, tokens: jax.Array) -> jax.Array:
-    """Token plus stream embedding: int32 [..., S] -> [..., S, D]; holes are clamped to token 0."""
-    x = self.embed[...].at[jnp.maximum(tokens, 0)].get(mode="promise_in_bounds")
-    return (x + self.stream_embed[...]).astype(self.dtype)
+    """Token plus stream embedding: int32 [B, R, S] -> [B, L, D], the chip's own cells.
+
+    Each chip has some columns of the embedding: it looks them up for all who have others, and gets
+    the others' for its own cells in return. Holes are clamped to token 0.
+    """
+    streams = self.streams
+    ids = sharding.part(streams.to_attention(jnp.maximum(tokens, 0)), "cells", 1)
+    asked = sharding.gather(ids, "width", 0)
+    columns = self.embed[...].at[asked].get(mode="promise_in_bounds").astype(self.dtype)
+    x = sharding.exchange(columns, "width", cut=0, join=2)
+    stream = jnp.tile(np.array(streams.order), tokens.shape[1])
+    stream = sharding.part(stream, "cells", 0)
+    return (x + self.stream_embed[...][stream]).astype(self.dtype)
 
   def turn(self, positions: jax.Array) -> Turn:
     """What norms and rotates queries and keys at positions int32 [B, L]."""
@@ -200,8 +240,8 @@ class Transformer(nnx.Module):
 
   def _qkv(self, cells: tuple[int, int]) -> tuple[jax.ShapeDtypeStruct, ...]:
     """Queries, keys and values of a layer for [B, L] cells, as the kernels take them."""
-    (B, L), cfg = cells, self.cfg
-    of = lambda heads: jax.ShapeDtypeStruct((B, heads, L, cfg.head_dim), self.dtype)
+    (B, L), cfg, chips = cells, self.cfg, sharding.size("heads")
+    of = lambda heads: jax.ShapeDtypeStruct((B, heads // chips, L, cfg.head_dim), self.dtype)
     return of(cfg.heads), of(cfg.kv_heads), of(cfg.kv_heads)
 
 

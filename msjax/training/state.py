@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -9,9 +10,11 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from msjax import sharding
 from msjax.config import Config
+from msjax.models import axes
 from msjax.models.transformer import Transformer
-from msjax.streams import Streams
+from msjax.streams import HOLE, Streams
 from msjax.training.loss import Penalties, cross_entropy
 from msjax.training.optim import optimizer, schedule
 
@@ -79,12 +82,7 @@ class Learner:
     Returns:
       The next state; scalars of this step: loss, per-stream losses, gradient norm, learning rate.
     """
-    seed = jax.random.key(self.config.train.seed)
-    key = jax.random.fold_in(seed, state.step)
-    grad = jax.grad(self._loss_sum, has_aux=True)
-    gradients, sums = _sum(
-      lambda index, part: grad(state.params, part, jax.random.fold_in(key, index)), batch
-    )
+    gradients, sums = self._gradients(state, batch)
     weight = jnp.maximum(sums["weight"], 1e-9)
     gradients = jax.tree.map(lambda g: g / weight, gradients)
     updates, opt_state = self.tx.update(gradients, state.opt_state, state.params)
@@ -99,12 +97,35 @@ class Learner:
 
   def evaluate(self, params: Params, batch: Batch) -> dict[str, jax.Array]:
     """Returns the sums of one batch [B, ...] that `summarize` reads; they add up over batches."""
-    return self._loss_sum(params, batch, None)[1]
+
+    def of_chip(params, batch):
+      return sharding.total(self._loss_sum(params, batch, None)[1], "batch")
+
+    batch_spec = jax.tree.map(lambda _: sharding.spec("batch"), batch)
+    return sharding.on_chips(of_chip, (axes.specs(params), batch_spec), sharding.spec())(
+      params, batch
+    )
 
   def cell_entropy(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Returns labels int32 and cross-entropies float32 in nats, both [B, R, S], of one batch."""
     labels, _, _, entropy = self._cells(params, batch, None)
     return labels, entropy
+
+  def _gradients(self, state: TrainState, batch: Batch) -> tuple[Params, dict[str, jax.Array]]:
+    """Sums of gradients and of what `summarize` reads, over all micro-batches and chips."""
+    specs = axes.specs(state.params)
+    grad = jax.grad(self._loss_sum, has_aux=True)
+
+    def of_chip(step, params, batch):
+      key = sharding.own_key(jax.random.fold_in(jax.random.key(self.config.train.seed), step))
+      gradients, sums = _sum(
+        lambda index, part: grad(params, part, jax.random.fold_in(key, index)), batch
+      )
+      return sharding.summed_gradients(gradients, specs), sharding.total(sums, "batch")
+
+    of_batch = jax.tree.map(lambda _: sharding.spec(None, "batch"), batch)
+    in_specs, out_specs = (sharding.spec(), specs, of_batch), (specs, sharding.spec())
+    return sharding.on_chips(of_chip, in_specs, out_specs)(state.step, state.params, batch)
 
   def _loss_sum(self, params, batch, key):
     labels, weights, loss, entropy = self._cells(params, batch, key)
@@ -121,20 +142,32 @@ class Learner:
     return loss, sums
 
   def _cells(self, params, batch, key):
-    tokens, segments = batch["tokens"], batch["segments"]
+    rows = batch["tokens"].shape[1]
+    tokens, segments, weights = self._dealt_out(batch)
     labels, weights = self.streams.labels(
-      tokens, segments, batch["weights"], self.config.loss.silence_weight
+      tokens, segments, weights, self.config.loss.silence_weight
     )
     model = self.model(params)
-    hidden = model(tokens, segments, dropout_key=key)
+    hidden = model.cells(tokens, segments, dropout_key=key)
     loss, entropy = cross_entropy(
       Penalties.of(self.config.loss),
       hidden.reshape(-1, hidden.shape[-1]),
       model.output_matrix,
-      labels.reshape(-1),
-      weights.reshape(-1),
+      *(self.streams.to_attention(x).reshape(-1) for x in (labels, weights)),
     )
-    return labels, weights, loss, entropy.reshape(labels.shape)
+    entropy = self.streams.from_attention(entropy.reshape(len(tokens), -1))
+    return labels[:, :rows], weights[:, :rows], loss, entropy[:, :rows]
+
+  def _dealt_out(self, batch):
+    """Tokens, segments and weights with so many rows of holes more that cells can be dealt out."""
+    tokens, chips = batch["tokens"], sharding.size("cells")
+    multiple = chips // math.gcd(chips, len(self.streams))
+    fill = [(0, 0), (0, -tokens.shape[1] % multiple), (0, 0)]
+    return (
+      jnp.pad(tokens, fill, constant_values=HOLE),
+      jnp.pad(batch["segments"], fill[:2]),
+      jnp.pad(batch["weights"], fill),
+    )
 
 
 def _sum(of_part, batch: Batch):

@@ -1,0 +1,48 @@
+"""What the axes of every parameter are called; sharding.py knows what cuts them."""
+
+from typing import Any
+
+import jax
+
+from msjax import sharding
+
+# By the parameter's own name; those of layers have one more axis before these.
+_AXES = {
+  "embed": (None, "width"),
+  "head": (None, "width"),
+  "stream_embed": (None, None),
+  "q": ("embed", "heads", None),
+  "k": ("embed", "heads", None),
+  "v": ("embed", "heads", None),
+  "out": ("heads", None, "embed"),
+  "q_bias": ("heads", None),
+  "k_bias": ("heads", None),
+  "v_bias": ("heads", None),
+  "gate": ("embed", "mlp"),
+  "up": ("embed", "mlp"),
+  "down": ("mlp", "embed"),
+  "gate_bias": ("mlp",),
+  "up_bias": ("mlp",),
+  **dict.fromkeys(
+    ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "out_bias", "down_bias"), (None,)
+  ),
+}
+
+
+def specs(tree: Any) -> Any:
+  """How parameters are cut, and whatever else is called after them, such as an optimizer's state.
+
+  Args:
+    tree: of arrays, or of shapes.
+
+  Returns:
+    The same tree of `PartitionSpec`s.
+  """
+
+  def of(path, leaf):
+    if not leaf.ndim:  # of no parameter: a count
+      return sharding.spec()
+    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return sharding.spec(*([None] if "layers" in names else []), *_AXES[names[-1]])
+
+  return jax.tree_util.tree_map_with_path(of, tree)
