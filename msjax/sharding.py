@@ -111,6 +111,19 @@ def on_chips(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
   return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
+def made(make: Callable, specs: Any) -> Callable:
+  """Jits what makes arrays, so that each chip makes its own part."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return jax.jit(make)
+  return jax.jit(make, out_shardings=specs)
+
+
+def chips(name: str) -> int:
+  """Into how many parts the mesh in use cuts the axis `name`."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return math.prod(shape.get(axis, 1) for axis in _RULES[name])
+
+
 def size(name: str) -> int:
   """Into how many parts the axis `name` is cut where this is called."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msjax import sharding
 from msjax.decoding.cache import Cache
 from msjax.decoding.prepared import Prepared, feed_row
 from msjax.decoding.sampling import sample
 from msjax.errors import InputError, RunError
+from msjax.models import axes
 from msjax.streams import HOLE
 
 FREE = -2  # in a row that is handed in: let the model write this cell
@@ -21,22 +23,43 @@ _NOT_FINITE = -3  # in a proposal: there is no likeliest token
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def _tick(
+def tick(
   model: Prepared,
   cache: Cache,
   tokens: jax.Array,
   temperature: jax.Array,
   key: jax.Array,
 ) -> tuple[jax.Array, Cache]:
-  """Feeds a row [B, S]; returns the proposal for the next [B, S], silence after a hole and
-  `_NOT_FINITE` where the logits are not."""
+  """Feeds a row to every session and proposes the next; sessions are cut over `data`.
+
+  Args:
+    model: prepared, on the mesh in use.
+    cache: of this model; donated.
+    tokens: int32 [B, S], by stream id; -1 is a hole.
+    temperature: float32 [].
+    key: of what is drawn.
+
+  Returns:
+    The proposal int32 [B, S], silence after a hole and `_NOT_FINITE` where the logits are not; the
+    cache with the row.
+  """
+  of_sessions, everywhere = sharding.spec("batch"), sharding.spec()
+  cache_specs = model.cache_specs(cache)
+  return sharding.on_chips(
+    _tick_of_chip,
+    in_specs=(axes.specs(model), cache_specs, of_sessions, everywhere, everywhere),
+    out_specs=(of_sessions, cache_specs),
+  )(model, cache, tokens, temperature, key)
+
+
+def _tick_of_chip(model, cache, tokens, temperature, key):
   hidden, cache = feed_row(model, cache, tokens)
   logits = model.logits(hidden, tokens)
-  session_keys = jax.vmap(
-    lambda session, row: jax.random.fold_in(jax.random.fold_in(key, session), row)
-  )(jnp.arange(tokens.shape[0]), cache.row)
-  proposal = sample(logits, temperature, session_keys)
-  proposal = jnp.where(jnp.isfinite(logits.max(-1)), proposal, _NOT_FINITE)
+  sessions = sharding.index("batch") * len(tokens) + jnp.arange(len(tokens))
+  of_session = lambda session, row: jax.random.fold_in(jax.random.fold_in(key, session), row)
+  proposal = sample(logits, temperature, jax.vmap(of_session)(sessions, cache.row))
+  finite = jnp.isfinite(sharding.highest(logits.max(-1), "vocab"))
+  proposal = jnp.where(finite, proposal, _NOT_FINITE)
   return jnp.where(tokens == HOLE, model.trunk.streams.silence_id, proposal), cache
 
 
@@ -72,7 +95,7 @@ class Decoder:
     Raises:
       InputError: a row of another shape, or of ids that are no tokens.
     """
-    expected, vocab = self.proposal.shape, self.model.columns.shape[1]
+    expected, vocab = self.proposal.shape, self.model.vocab_size
     if row.shape != expected or row.min() < HOLE or row.max() >= vocab:
       raise InputError(
         f"row of shape {row.shape}, ids {row.min()} to {row.max()}; expected shape {expected}, "
@@ -80,7 +103,7 @@ class Decoder:
       )
     if (self.rows_fed + 1) * len(self.streams) > self.cache.capacity:
       self.cache = self.cache.grown(self.cache.capacity)
-    self.proposal, self.cache = _tick(
+    self.proposal, self.cache = tick(
       self.model, self.cache, jnp.asarray(row), self.temperature, self.key
     )
     self.rows_fed += 1

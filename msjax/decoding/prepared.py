@@ -3,16 +3,19 @@
 import abc
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from msjax import sharding
 from msjax.decoding.cache import Cache
 from msjax.kernels import api, tpu_decode, xla
 from msjax.kernels.lanes import LANES
 from msjax.kernels.rotary import Turn
+from msjax.models import axes
 from msjax.models.transformer import Block, Transformer, read_out
 from msjax.streams import Visibility
 
@@ -34,15 +37,31 @@ class Prepared(abc.ABC):
   layers: Any
   columns: jax.Array
 
+  @property
+  def vocab_size(self) -> int:
+    """V; `columns` may have more, so that chips have equally many."""
+    return len(self.trunk.embed)
+
   def logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-    """As `Transformer.logits`."""
-    return read_out(hidden, self.columns, tokens)
+    """As `Transformer.logits`, for the chip's tokens; -inf where there is none."""
+    columns = self.columns.shape[1]
+    ids = sharding.index("vocab") * columns + jnp.arange(columns)
+    return jnp.where(ids < self.vocab_size, read_out(hidden, self.columns, tokens), -jnp.inf)
 
   def room(self, batch: int, rows: int) -> Cache:
     """Returns an empty cache for `rows` rows of `batch` sessions, or a few more."""
     M = -(-rows * len(self.trunk.streams) // self.key_block) * self.key_block
-    k, v = self._zeros(batch, M), self._zeros(batch, M)
-    return Cache(k, v, jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32))
+
+    def empty():
+      k, v = self._zeros(batch, M), self._zeros(batch, M)
+      return Cache(k, v, jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32))
+
+    return sharding.made(empty, self.cache_specs(jax.eval_shape(empty)))()
+
+  def cache_specs(self, cache: Cache) -> Cache:
+    """How the arrays of a cache of this model are cut: by sessions and heads."""
+    k, v = jax.tree.map(lambda _: self._key_spec, (cache.k, cache.v))
+    return Cache(k, v, sharding.spec("batch"), sharding.spec("batch"))
 
   @property
   @abc.abstractmethod
@@ -58,6 +77,11 @@ class Prepared(abc.ABC):
     Returns:
       [B, S, D]; keys and values as in the cache, the row's among them.
     """
+
+  @property
+  @abc.abstractmethod
+  def _key_spec(self) -> jax.P:
+    """How each array of keys or values of a cache is cut."""
 
   @abc.abstractmethod
   def _zeros(self, batch: int, M: int) -> Any:
@@ -82,7 +106,7 @@ class Unrolled(Prepared):
   @classmethod
   def of(cls, model: Transformer) -> "Unrolled":
     """Cuts up a model, which stays as it is."""
-    return _unrolled(model)
+    return _made(_unrolled, model)
 
   @property
   def key_block(self) -> int:
@@ -97,6 +121,8 @@ class Unrolled(Prepared):
       attend = functools.partial(_attend_cache, k_cache, v_cache, i, at, visibility, turn)
       x = block(x, attend, sharding.CELLS_WHOLE)
     return x, tuple(k_cache), tuple(v_cache)
+
+  _key_spec = property(lambda self: sharding.spec("batch", "heads"))
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
@@ -118,7 +144,7 @@ class Stacked(Prepared):
   @classmethod
   def of(cls, model: Transformer) -> "Stacked":
     """Casts a model, which stays as it is."""
-    return _stacked(model)
+    return _made(_stacked, model)
 
   @property
   def key_block(self) -> int:
@@ -143,6 +169,8 @@ class Stacked(Prepared):
     x, new = jax.lax.scan(layer, x, (self.layers, jnp.arange(self.trunk.cfg.layers)))
     write = lambda old, rows: tpu_decode.write_rows(old, rows, self._at(cache))
     return x, write(cache.k, new[0]), write(cache.v, new[1])
+
+  _key_spec = property(lambda self: sharding.spec(None, "batch", None, "heads"))
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
@@ -175,26 +203,37 @@ def feed_row(
   )
   visibility = streams.row_visibility(tokens, cache.row, key_ok)
   turn = trunk.turn(streams.to_attention(positions[:, None]))
-  x = trunk.embedded(tokens[:, None])
+  x = _embedded(trunk, tokens)
   x, k, v = model.through_layers(x, turn, cache, visibility)
   hidden = streams.from_attention(trunk.normed(x))[:, 0]
   return hidden, Cache(k, v, key_ok, cache.row + 1)
 
 
+def _embedded(trunk, tokens):
+  """Token plus stream embedding of a row [B, S] -> [B, S, D] in attention order."""
+  ids = trunk.streams.to_attention(jnp.maximum(tokens, 0)[:, None])
+  columns = trunk.embed[...].at[ids].get(mode="promise_in_bounds")
+  return trunk.with_streams(sharding.gather(columns, "width", 2), jnp.arange(ids.shape[1]))
+
+
 def prepare(model: Transformer) -> Prepared:
   """Makes a model ready for decoding on the platform that programs are built for."""
-  cfg = model.cfg
-  backend = api.of_rows(len(model.streams), cfg.heads, cfg.kv_heads, cfg.head_dim, model.dtype)
+  cfg, chips = model.cfg, sharding.chips("heads")
+  heads = cfg.heads // chips, cfg.kv_heads // chips
+  backend = api.of_rows(len(model.streams), *heads, cfg.head_dim, model.dtype)
   return (Stacked if backend == "tpu" else Unrolled).of(model)
 
 
-@jax.jit
+def _made(cut_up: Callable[[Transformer], Prepared], model: Transformer) -> Prepared:
+  """Cuts up a model, every chip its part."""
+  return sharding.made(cut_up, axes.specs(jax.eval_shape(cut_up, model)))(model)
+
+
 def _unrolled(model: Transformer) -> Unrolled:
   layer = lambda i: jax.tree.map(lambda stacked: _cast(model, stacked[i], 2), model.layers)
   return Unrolled(_trunk(model), tuple(map(layer, range(model.cfg.layers))), _columns(model))
 
 
-@jax.jit
 def _stacked(model: Transformer) -> Stacked:
   layers = jax.tree.map(lambda stacked: _cast(model, stacked, 3), model.layers)
   return Stacked(_trunk(model), layers, _columns(model))
@@ -206,11 +245,13 @@ def _cast(model, array, matrix_ndim):
 
 
 def _columns(model):
-  return model.output_matrix.T.astype(model.dtype)
+  columns = model.output_matrix.T.astype(model.dtype)
+  return jnp.pad(columns, ((0, 0), (0, -columns.shape[1] % sharding.chips("vocab"))))
 
 
 def _trunk(model):
   trunk = jax.tree.map(lambda p: p, model)
+  trunk.embed = nnx.Param(_cast(model, model.embed[...], 2))
   del trunk.layers, trunk.head
   return trunk
 

@@ -6,10 +6,11 @@ import jax
 
 from msjax import sharding
 
-# By the parameter's own name; those of layers have one more axis before these.
+# By the parameter's own name; stacked layers have one more axis before these.
 _AXES = {
   "embed": (None, "width"),
   "head": (None, "width"),
+  "columns": (None, "vocab"),
   "stream_embed": (None, None),
   "q": ("embed", "heads", None),
   "k": ("embed", "heads", None),
@@ -42,7 +43,13 @@ def specs(tree: Any) -> Any:
   def of(path, leaf):
     if not leaf.ndim:  # of no parameter: a count
       return sharding.spec()
-    names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
-    return sharding.spec(*([None] if "layers" in names else []), *_AXES[names[-1]])
+    names = [name for key in path if (name := _name(key)) in _AXES]
+    axes = _AXES[names[-1]]
+    return sharding.spec(*[None] * (leaf.ndim - len(axes)), *axes)
 
   return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _name(key) -> str | None:
+  """What a step of a path is called, be it into a dict or into an object."""
+  return getattr(key, "key", getattr(key, "name", None))

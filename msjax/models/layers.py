@@ -17,33 +17,49 @@ def product(cut: int, x: jax.Array, matrices: tuple[jax.Array, ...]) -> jax.Arra
   """[..., D] x [D, F1], [D, F2], ... -> [..., F1 + F2 + ...] in x's dtype.
 
   Matrices are cast first; where `fsdp` cuts their axis `cut`, they are then fetched together, and
-  their gradients are summed over chips in x's dtype, otherwise in their own. They are named
-  "weights" for remat policies, so that nobody keeps what can be fetched again.
+  their gradients are summed over chips in x's dtype, otherwise in their own. What is fetched is
+  named "weights" for remat policies, so that nobody keeps what can be had again.
 
   The matrix's gradient is written x^T g. JAX's own (g^T x)^T makes XLA on CPU transpose g together
   with all that g is computed from, which takes as long as the product.
   """
-  return x @ _fetched(cut, x.dtype, matrices)
+  return _product(x, _fetched(cut, x.dtype, matrices))
 
 
 def _fetched(cut, dtype, matrices):
-  side_by_side = jnp.concatenate([matrix.astype(dtype) for matrix in matrices], axis=1)
-  return checkpoint_name(sharding.gather(side_by_side, "embed", cut), "weights")
+  """Matrices for x: side by side where they come from other chips, for that is one exchange."""
+  cast = [matrix.astype(dtype) for matrix in matrices]
+  if sharding.size("embed") > 1:
+    cast = [sharding.gather(jnp.concatenate(cast, axis=1), "embed", cut)]
+  return [checkpoint_name(matrix, "weights") for matrix in cast]
+
+
+def _product(x, fetched):
+  return jnp.concatenate([x @ matrix for matrix in fetched], axis=-1)
 
 
 def _product_saving(cut, x, matrices):
   fetched = _fetched(cut, x.dtype, matrices)
-  return x @ fetched, (x, fetched, matrices)
+  return _product(x, fetched), (x, fetched, matrices)
 
 
 def _product_gradients(cut, saved, g):
   x, fetched, matrices = saved
   flat = lambda a: a.reshape(-1, a.shape[-1])
   dtype = x.dtype if sharding.size("embed") > 1 else matrices[0].dtype
-  d_fetched = jnp.matmul(flat(x).T, flat(g), preferred_element_type=dtype)
-  d_matrices = sharding.scatter(d_fetched, "embed", cut).astype(matrices[0].dtype)
+  parts = _split(g, fetched)
+  d_x = sum(part @ matrix.T for part, matrix in zip(parts, fetched))
+  gradients = [jnp.matmul(flat(x).T, flat(part), preferred_element_type=dtype) for part in parts]
+  if sharding.size("embed") > 1:
+    (gradient,) = gradients
+    gradients = _split(sharding.scatter(gradient, "embed", cut), matrices)
+  return d_x, tuple(gradient.astype(matrices[0].dtype) for gradient in gradients)
+
+
+def _split(x, matrices):
+  """Cuts the last axis of x into as many columns as each matrix has."""
   ends = np.cumsum([matrix.shape[1] for matrix in matrices])[:-1]
-  return g @ fetched.T, tuple(jnp.split(d_matrices, ends, axis=1))
+  return jnp.split(x, ends, axis=-1)
 
 
 product.defvjp(_product_saving, _product_gradients)

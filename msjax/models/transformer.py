@@ -208,8 +208,11 @@ class Transformer(nnx.Module):
     asked = sharding.gather(ids, "width", 0)
     columns = self.embed[...].at[asked].get(mode="promise_in_bounds").astype(self.dtype)
     x = sharding.exchange(columns, "width", cut=0, join=2)
-    stream = jnp.tile(np.array(streams.order), tokens.shape[1])
-    stream = sharding.part(stream, "cells", 0)
+    return self.with_streams(x, sharding.part(jnp.arange(tokens[0].size), "cells", 0))
+
+  def with_streams(self, x: jax.Array, cells: jax.Array) -> jax.Array:
+    """Adds the embeddings of streams to [B, L, D]; `cells` int32 [L] are indices of whole rows'."""
+    stream = jnp.array(self.streams.order)[cells % len(self.streams)]
     return (x + self.stream_embed[...][stream]).astype(self.dtype)
 
   def turn(self, positions: jax.Array) -> Turn:
