@@ -165,6 +165,9 @@ class Fixed:
   def __getitem__(self, index):
     return Example(self.tokens[index], np.ones(self.tokens[index].shape, np.float32))
 
+  def length(self, index):
+    return len(self.tokens[index])
+
   def record_id(self, index):
     return str(index)
 

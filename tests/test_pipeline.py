@@ -1,7 +1,6 @@
 import collections
-import copy
+import hashlib
 import itertools
-import pickle
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from orbax.checkpoint import v1 as ocp
 
 from msjax.data.pipeline import OneStream, held_out_batches, training_batches
 from msjax.data.source import Example
@@ -31,11 +31,15 @@ class Numbered:
     cells = 100 * index + 2 * np.arange(rows)[:, None] + np.arange(2)
     return Example(cells.astype(np.int32), np.full((rows, 2), 1 / (1 + index), np.float32))
 
+  def length(self, index):
+    return self.lengths[index]
+
   def record_id(self, index):
     return f"record-{index}"
 
 
 MIXED = Numbered([3, 8, 1, 5, 2, 7, 4, 4, 6, 1, 8, 2, 3])
+MANY = Numbered(np.random.default_rng(0).integers(1, ROWS + 1, 150).tolist())
 
 
 def batches(source=MIXED, **changes):
@@ -43,7 +47,7 @@ def batches(source=MIXED, **changes):
   return training_batches(source, **{**options, **changes})
 
 
-def examples(batch):
+def examples(batch, of=MIXED):
   """Indices of the examples in a batch, each checked to be there whole, and nothing besides."""
   tokens, weights, segments, record = (
     batch[name].reshape(-1, *batch[name].shape[-n:])
@@ -59,9 +63,8 @@ def examples(batch):
     for segment in range(1, segments[sequence].max() + 1):
       rows = segments[sequence] == segment
       (index,) = set(record[sequence, rows].tolist())
-      source = MIXED[index]
-      np.testing.assert_array_equal(tokens[sequence, rows], source.tokens)
-      np.testing.assert_array_equal(weights[sequence, rows], source.weights)
+      np.testing.assert_array_equal(tokens[sequence, rows], of[index].tokens)
+      np.testing.assert_array_equal(weights[sequence, rows], of[index].weights)
       found.append(index)
   return found
 
@@ -99,8 +102,8 @@ def test_each_epoch_holds_every_example_once_in_an_order_of_its_own():
   assert len(set(map(tuple, parts))) == epochs
 
 
-@given(st.lists(st.integers(1, ROWS), min_size=1, max_size=12), st.integers(1, 4), st.integers(0))
-@settings(max_examples=25, deadline=None)
+@given(st.lists(st.integers(1, ROWS), min_size=1, max_size=40), st.integers(1, 4), st.integers(0))
+@settings(max_examples=15, deadline=None)
 def test_packing_loses_and_doubles_nothing(lengths, batch, seed):
   source = Numbered(lengths)
   counts = collections.Counter(dict.fromkeys(range(len(lengths)), 0))
@@ -128,46 +131,156 @@ def test_micro_batches_cut_the_very_same_batch():
     np.testing.assert_array_equal(whole[name][0], cut[name].reshape(whole[name][0].shape))
 
 
+# Digests of the first 40 batches and of all held-out ones, as they have been since the first runs.
+RECORDED = {
+  (False, 0): "bbc75dafa1965c50",
+  (False, 7): "d8c3b654c2da7ad9",
+  (True, 0): "e0aad6eb39756ac1",
+  (True, 7): "eff8fee5224de757",
+}
+RECORDED_HELD_OUT = {False: "4a40246d4f4a6816", True: "4707b6bc25e82cfe"}
+
+
+def digest(stream):
+  found = hashlib.blake2b(digest_size=8)
+  for batch in stream:
+    for name in ("tokens", "weights", "segments", "record"):
+      array = np.ascontiguousarray(batch[name])
+      found.update(repr((array.dtype.str, array.shape)).encode())
+      found.update(array)
+  return found.hexdigest()
+
+
+@pytest.mark.parametrize("pack, seed", RECORDED)
+def test_batches_are_those_that_they_have_always_been(pack, seed):
+  stream = batches(micro_batches=2, pack=pack, seed=seed)
+  assert digest(itertools.islice(stream, 40)) == RECORDED[pack, seed]
+  assert digest(held_out_batches(MIXED, rows=ROWS, batch=4, pack=pack)) == RECORDED_HELD_OUT[pack]
+
+
+# The parts of processes.
+
+
+def same(batch, other):
+  for name in batch | other:
+    np.testing.assert_array_equal(batch[name], other[name])
+
+
+def part(batch, local, axis=1):
+  """What a process that holds some sequences of each micro-batch has of a batch."""
+  return {name: np.take(x, local, axis) for name, x in batch.items()}
+
+
+@st.composite
+def shares(draw, sequences):
+  """Splits sequences over processes, at random and unevenly; some may go to nobody."""
+  owners = draw(st.lists(st.integers(0, 4), min_size=sequences, max_size=sequences))
+  return [[i for i, owner in enumerate(owners) if owner == process] for process in range(5)]
+
+
+@given(shares(sequences=4), st.booleans(), st.integers(1, 4))
+@settings(max_examples=20, deadline=None)
+def test_each_process_has_its_part_of_the_one_batch(shares, pack, count):
+  options = {"batch": 8, "micro_batches": 2, "pack": pack, "threads": 1}
+  whole = batches(MANY, **options)
+  parts = [batches(MANY, **options, local=local) for local in shares]
+  for _ in range(count):
+    batch = next(whole)
+    for local, stream in zip(shares, parts):
+      same(next(stream), part(batch, local))
+      assert stream.position == whole.position
+
+
+@given(st.integers(1, 6), st.booleans(), st.integers(0))
+@settings(max_examples=10, deadline=None)
+def test_any_number_of_processes_sees_every_example_once_an_epoch(processes, pack, seed):
+  sequences = np.array_split(np.arange(48), processes)
+  options = {"batch": 48, "pack": pack, "seed": seed % 2**31, "threads": 1}
+  streams = [batches(MANY, **options, local=local) for local in sequences]
+  counts = collections.Counter(dict.fromkeys(range(len(MANY)), 0))
+  for _ in range(4):
+    counts.update(index for stream in streams for index in examples(next(stream), MANY))
+    assert counts.total() == streams[0].position
+    assert max(counts.values()) - min(counts.values()) <= 1
+  assert min(counts.values()) >= 1
+
+
 @pytest.mark.parametrize("pack", [False, True])
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_parts_of_processes_are_disjoint_and_complete(pack, processes):
-  source_size = 12
-  shares = [
-    order(
-      batches(
-        Numbered(MIXED.lengths[:source_size]),
-        pack=pack,
-        process_index=index,
-        process_count=processes,
-      ),
-      source_size // processes,
-    )
-    for index in range(processes)
-  ]
-  assert sorted(itertools.chain(*shares)) == list(range(source_size))
+def test_only_the_examples_of_local_sequences_are_read(pack):
+  class Read(Numbered):
+    def __getitem__(self, index):
+      read.append(index)
+      return super().__getitem__(index)
+
+  read = []
+  stream = batches(Read(MIXED.lengths), pack=pack, threads=1, local=[2])
+  read.clear()  # the number of streams is asked of the first example
+  first = set(itertools.chain.from_iterable(examples(next(stream)) for _ in range(2)))
+  so_far = set(read)
+  assert first <= so_far <= first | set(examples(next(stream)))  # which may be read ahead
 
 
-def test_each_process_makes_its_part_of_the_batch():
-  part = next(batches(batch=8, micro_batches=2, process_index=1, process_count=2))
-  assert part["tokens"].shape == (2, 2, ROWS, 2)
+@pytest.mark.parametrize("pack", [False, True])
+def test_held_out_batches_have_parts_too(pack):
+  options = {"rows": ROWS, "batch": 4, "pack": pack}
+  for local in ([0, 2], [3], slice(1, 3)):
+    parts = list(held_out_batches(MIXED, **options, local=local))
+    whole = list(held_out_batches(MIXED, **options))
+    assert len(parts) == len(whole)
+    for mine, batch in zip(parts, whole):
+      same(mine, part(batch, np.arange(4)[local], axis=0))
+
+
+# Going on.
 
 
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("taken", [1, 2, 3, 7, 20])
-def test_a_restored_position_goes_on_with_the_very_next_batch(pack, taken):
+def test_a_restored_position_goes_on_with_the_very_next_batch(tmp_path, pack, taken):
   original = batches(pack=pack, threads=4)
   for _ in range(taken):
     next(original)
-  state = pickle.loads(pickle.dumps(copy.deepcopy(original.get_state())))
+  ocp.save_checkpointables(tmp_path / "1", {"data": original})
   expected = [next(original) for _ in range(6)]
-  for threads in (1, 4):
-    restored = batches(pack=pack, threads=threads)
+  for threads, local in ((1, slice(None)), (4, [1, 3]), (2, [0])):
+    restored = batches(pack=pack, threads=threads, local=local)
     next(restored)  # that it has been used already makes no difference
-    restored.set_state(state)
+    ocp.load_checkpointables(tmp_path / "1", {"data": restored})
     for batch in expected:
-      again = next(restored)
-      for name in batch:
-        np.testing.assert_array_equal(again[name], batch[name])
+      same(next(restored), part(batch, np.arange(4)[local]))
+
+
+def test_what_is_written_while_the_run_goes_on_is_where_it_was(tmp_path):
+  original = batches(pack=True)
+  next(original)
+  position = original.position
+  writing = ocp.save_checkpointables_async(tmp_path / "1", {"data": original})
+  next(original)
+  writing.result()
+  restored = batches(pack=True)
+  ocp.load_checkpointables(tmp_path / "1", {"data": restored})
+  assert restored.position == position < original.position
+  (file,) = (tmp_path / "1" / "data").iterdir()
+  assert file.read_text() == f'{{"format_version": 1, "examples": {position}}}\n'
+
+
+@pytest.mark.parametrize(
+  "content, problem",
+  [
+    (None, "not found"),
+    ("{", "holds no position"),
+    ('{"next_index": 3}', "holds no position"),
+    ("[3]", "holds no position"),
+    ('{"format_version": 1, "examples": null}', "holds no position"),
+    ('{"format_version": 2, "examples": 3}', "format_version 2; this msjax reads 1"),
+  ],
+)
+def test_a_position_that_cannot_be_read_is_one_sentence(tmp_path, content, problem):
+  ocp.save_checkpointables(tmp_path / "1", {"data": batches()})
+  path = tmp_path / "1" / "data" / "position.json"
+  path.unlink() if content is None else path.write_text(content)
+  with pytest.raises(InputError, match=f"^{path}: {problem}.*; use another --workdir, with --conf"):
+    ocp.load_checkpointables(tmp_path / "1", {"data": batches()})
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -183,13 +296,8 @@ def test_held_out_batches_show_every_example_once_and_in_order(pack, batch):
 
 
 def test_a_batch_that_does_not_divide_is_an_error():
-  with pytest.raises(InputError, match="6 sequences do not divide over 2 processes x 2 micro"):
-    batches(batch=6, micro_batches=2, process_count=2)
-
-
-def test_a_process_without_examples_is_an_error():
-  with pytest.raises(InputError, match="1 examples for 2 processes"):
-    batches(Numbered([3]), process_count=2)
+  with pytest.raises(InputError, match="6 sequences do not divide into 4 micro-batches"):
+    batches(batch=6, micro_batches=4)
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -211,6 +319,7 @@ def test_one_stream_shows_each_stream_alone():
     np.testing.assert_array_equal(tokens[:, stream], whole.tokens[:, stream])
     assert (tokens[:, 1 - stream] == -1).all()
     np.testing.assert_array_equal(weights, whole.weights)
+    assert source.length(index) == len(tokens)
     assert source.record_id(index) == f"record-{index // 2}"
 
 
@@ -223,6 +332,7 @@ from msjax.data.source import Example
 class Source:
   __len__ = lambda self: 3
   __getitem__ = lambda self, index: Example(np.zeros((2, 1), np.int32), np.ones((2, 1), np.float32))
+  length = lambda self, index: 2
 
 next(training_batches(
   Source(), rows=4, batch=2, micro_batches=1, pack=True, seed=0, threads=2))

@@ -74,6 +74,7 @@ def test_windows_hold_every_row_once_and_in_order(lengths, max_rows, seed):
   examples = {source.record_id(i): source[i] for i in range(len(source))}
   assert len(examples) == len(source)
   assert all(len(tokens) <= max_rows for tokens, _ in examples.values())
+  assert list(map(source.length, range(len(source)))) == [len(e.tokens) for e in source]
   for table in tables:
     count = -(-len(table.tokens) // max_rows)
     windows = [examples.pop(table.id)]

@@ -95,7 +95,7 @@ def test_nothing_is_said_before_it_can_be_known(same_row):
 def test_ten_operations_take_the_rows_that_the_readme_tells(chat, same_row, rows):
   source = arithmetic(same_row, ops=(10, 10), chat=chat, rows=rows)
   tokens = source[0].tokens
-  assert len(tokens) == rows
+  assert len(tokens) == source.length(0) == rows
   assert (tokens[-1] != SILENCE).any()
   with pytest.raises(InputError, match=f"config.data.rows: {rows - 1}; .* takes {rows}$"):
     arithmetic(same_row, ops=(2, 10), chat=chat, rows=rows - 1)

@@ -99,6 +99,10 @@ class RecordSource:
     rows = slice(self._bounds[index], self._bounds[index + 1])
     return Example(self._tokens[rows], self._weights[rows])
 
+  def length(self, index: int) -> int:
+    """Returns the number of rows of an example."""
+    return int(self._bounds[index + 1] - self._bounds[index])
+
   def record_id(self, index: int) -> str:
     """Names an example: the record's id or `file:line`, with `#2` for its second window."""
     return self._ids[index]

@@ -101,6 +101,10 @@ class Arithmetic:
     """Returns the example at an index."""
     return self.lay_out(question(self.split, self.seed, int(index), *self.ops))
 
+  def length(self, index: int) -> int:
+    """Returns the number of rows of an example."""
+    return len(self[index].tokens) if self.chat else self.rows
+
   def record_id(self, index: int) -> str:
     """Names an example for messages."""
     return f"arithmetic/{self.split}:{index}"
