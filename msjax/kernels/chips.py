@@ -38,11 +38,26 @@ class Chip:
     """Peak bfloat16 arithmetic of one core."""
     return self.mxus * 2 * self.mxu_side**2 * 16 / self.vmatmul_cycles
 
+  @property
+  def flops_per_second(self) -> float:
+    """Peak bfloat16 arithmetic of the chip."""
+    return self.flops_per_cycle * self.hertz * self.cores
+
 
 CHIPS = {
   "v5e": Chip("v5e", 4, 16, 128, 1.5e9, 1, 819e9),
   "v5p": Chip("v5p", 4, 16, 128, 1.75e9, 2, 2765e9),
   "v6e": Chip("v6e", 2, 8, 256, 1.75e9, 1, 1640e9),
+}
+
+# What jax calls a device of each; the two cores of a v5p are one device.
+_DEVICE_KINDS = {
+  "TPU v5 lite": "v5e",
+  "TPU v5e": "v5e",
+  "TPU v5": "v5p",
+  "TPU v5p": "v5p",
+  "TPU v6 lite": "v6e",
+  "TPU v6e": "v6e",
 }
 
 
@@ -59,3 +74,8 @@ def chip_of(topology: str) -> Chip:
       f"{nearest(name, CHIPS)}"
     )
   return CHIPS[name]
+
+
+def chip_of_device(kind: str) -> Chip | None:
+  """Returns the chip by what `jax.Device.device_kind` says, None where it is none of `CHIPS`."""
+  return CHIPS.get(_DEVICE_KINDS.get(kind))
