@@ -122,6 +122,11 @@ class TrainConfig:
   save_every: int = 500  # steps
   keep: int = 2  # latest checkpoints kept, the best by held-out loss besides
   read_threads: int = 4
+  # Without the end of a step until the stacks of all threads are written to WORKDIR/stalls; 0:
+  # never. Longer than a step or a read should ever take; a false alarm costs a line in the log.
+  stall_seconds: float = 300.0
+  profile_first_step: int = 0  # of a profiler trace, written to WORKDIR/profile; 0: none
+  profile_last_step: int = 0
 
 
 @dataclasses.dataclass
@@ -317,10 +322,14 @@ def _check_optim(o: OptimConfig, steps: int) -> None:
 
 def _check_train(t: TrainConfig) -> None:
   _positive(t, "train", "steps batch micro_batches log_every save_every keep read_threads")
-  _not_negative(t, "train", "seed eval_every eval_batches")
+  _not_negative(t, "train", "seed eval_every eval_batches stall_seconds profile_first_step")
   divides = t.batch % t.micro_batches == 0
   expected = f"a divisor of train.batch ({t.batch})"
   _check(divides, "train.micro_batches", t.micro_batches, expected)
+  first, last = t.profile_first_step, t.profile_last_step
+  _check(first <= t.steps, "train.profile_first_step", first, f"at most train.steps ({t.steps})")
+  expected = f"at least profile_first_step ({first}), or 0 where that is 0"
+  _check(first <= last if first else last == 0, "train.profile_last_step", last, expected)
 
 
 def _check_types(owner: Any, prefix: str = "") -> None:

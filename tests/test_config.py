@@ -72,6 +72,12 @@ def test_every_field_has_a_default_and_the_trees_are_not_shared():
     ("train.read_threads", 0, "a positive number"),
     ("train.seed", -1, "zero or a positive number"),
     ("train.eval_every", -1, "zero or a positive number"),
+    ("train.stall_seconds", -1.0, "zero or a positive number"),
+    ("train.stall_seconds", float("inf"), "zero or a positive number"),
+    ("train.profile_first_step", -1, "zero or a positive number"),
+    ("train.profile_first_step", 1001, r"at most train.steps \(1000\)"),
+    ("train.profile_last_step", 5, r"at least profile_first_step \(0\), or 0 where that is 0"),
+    ("train.profile_last_step", -1, r"at least profile_first_step \(0\)"),
     ("same_row", "input", r"one of hidden, inputs, ordered, visible; did you mean 'inputs'"),
     ("report", "accuracy", r"one of \(empty\), arithmetic, likelihood"),
     ("report", "arithmetic", "data.source=arithmetic beside it"),
@@ -105,6 +111,16 @@ def test_a_value_of_another_type_is_named_with_the_type(field, value, expected):
 
 def test_a_whole_number_is_a_number_too():
   VALID.changed({"optim.learning_rate": 1, "model.rope_theta": 10000}).validate()
+
+
+def test_a_trace_ends_after_it_begins():
+  config = VALID.changed({"train.profile_first_step": 5, "train.profile_last_step": 5})
+  config.validate()
+  config.train.profile_last_step = 4
+  with pytest.raises(
+    InputError, match=r"profile_last_step: 4 .* at least profile_first_step \(5\)"
+  ):
+    config.validate()
 
 
 def test_schedules_fit_into_the_steps():

@@ -1,0 +1,49 @@
+"""A profiler trace of some steps, for XProf, TensorBoard or Perfetto."""
+
+import pathlib
+from typing import Any
+
+import jax
+from absl import logging
+
+
+class Trace:
+  """Traces the steps from `first` to `last`, as far as this process takes them.
+
+  Process 0 alone traces. A trace shows the devices of one host, all hosts run the same program, and
+  each more would be its own folder, for names go by the second in which a host began. A context
+  manager: a run that ends in between leaves what there is.
+  """
+
+  def __init__(self, directory: pathlib.Path, first: int, last: int):
+    """Names the directory to be made, and the steps; 0 and 0 for none."""
+    self.directory, self.first, self.last = directory, first, last
+    self._traces = jax.process_index() == 0
+    self._running = False
+
+  def __enter__(self) -> "Trace":
+    """Returns itself."""
+    return self
+
+  def __exit__(self, kind, error, trace) -> None:
+    """Ends a trace that is running."""
+    if self._running:
+      self._stop()
+
+  def begin(self, step: int) -> None:
+    """A step is about to get its batch."""
+    if self._traces and not self._running and self.first <= step <= self.last:
+      logging.info("tracing steps %d to %d", step, self.last)
+      jax.profiler.start_trace(self.directory)
+      self._running = True
+
+  def end(self, step: int, result: Any) -> None:
+    """A step has been dispatched; after the last one, waits for the arrays in `result`."""
+    if self._running and step == self.last:
+      jax.block_until_ready(result)
+      self._stop()
+
+  def _stop(self) -> None:
+    self._running = False
+    jax.profiler.stop_trace()
+    logging.info("the trace is in %s", self.directory)
