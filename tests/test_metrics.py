@@ -93,6 +93,26 @@ def test_a_log_line_tells_the_same_to_people(path, caplog):
   )
 
 
+def test_mfu_is_the_share_of_peak_arithmetic_between_two_lines(path, caplog, monkeypatch):
+  caplog.set_level(logging.INFO, "absl")
+  now = 100.0
+  monkeypatch.setattr("time.perf_counter", lambda: now)
+  with Metrics(path, 0, 4, 2, NAMES, peak_flops=1000.0) as metrics:
+    for step, flops in ((1, 700.0), (2, 800.0), (3, 100.0), (4, 100.0)):
+      now += 2.0
+      metrics.step(step, SCALARS, flops)
+  assert [line["mfu"] for line in lines(path)] == [0.375, 0.05]
+  assert [message.rpartition("  ")[2] for message in caplog.messages] == ["mfu 37.5%", "mfu 5.0%"]
+
+
+def test_no_mfu_where_the_peak_is_not_known(path, caplog):
+  caplog.set_level(logging.INFO, "absl")
+  with Metrics(path, 0, 1, 1, NAMES) as metrics:
+    metrics.step(1, SCALARS, 1e12)
+  assert "mfu" not in lines(path)[0]
+  assert "mfu" not in caplog.messages[0]
+
+
 def test_the_eta_goes_by_the_steps_of_this_start(path, caplog, monkeypatch):
   caplog.set_level(logging.INFO, "absl")
   now = 100.0

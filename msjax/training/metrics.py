@@ -30,14 +30,22 @@ class Metrics:
   """Writes the metrics of one run; a context manager."""
 
   def __init__(
-    self, path: pathlib.Path, start: int, steps: int, log_every: int, names: Sequence[str]
+    self,
+    path: pathlib.Path,
+    start: int,
+    steps: int,
+    log_every: int,
+    names: Sequence[str],
+    peak_flops: float | None = None,
   ):
     """Opens `path` (JSON lines) and TensorBoard events beside it; log lines name these streams.
 
     Lines of later steps than `start`, left by a run that was killed after its last checkpoint, are
-    cut off: those steps are going to be taken again.
+    cut off: those steps are going to be taken again. `peak_flops` is what the devices could do in a
+    second, for `mfu`; None where that is not known.
     """
     self.path, self.steps, self.log_every, self.names = path, steps, log_every, names
+    self.peak_flops = peak_flops
     before = _truncate(path, start)
     self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
     board = path.parent / "tensorboard"
@@ -56,9 +64,9 @@ class Metrics:
     )
     self._log = logging.get_absl_handler().python_handler
     self._task = self._progress.add_task("steps", total=steps, completed=start)
-    self._start, self._since, self._begun = start, start, time.perf_counter()
+    self._start, self._begun = start, time.perf_counter()
     self._seconds_before = before.get("seconds", 0.0)
-    self._interval_begun, self._data_wait, self._cells = self._begun, 0.0, 0.0
+    self._begin_interval(start, self._begun)
 
   def __enter__(self) -> "Metrics":
     """Starts the progress bar where there is a terminal; log lines then go above it."""
@@ -84,12 +92,21 @@ class Metrics:
     """Counts time spent waiting for data."""
     self._data_wait += seconds
 
-  def step(self, step: int, scalars: dict[str, jax.Array]) -> dict[str, float]:
-    """Takes the scalars of the step that ended as number `step`; returns them as floats."""
+  def due(self, step: int) -> bool:
+    """Whether a line is written after this step."""
+    return step % self.log_every == 0 or step == self.steps
+
+  def step(self, step: int, scalars: dict[str, jax.Array], flops: float = 0.0) -> dict[str, float]:
+    """Takes the scalars and model FLOPs of the step that ended as number `step`.
+
+    Returns:
+      The scalars as floats.
+    """
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
     self._cells += values.pop("cells")
+    self._flops += flops
     self._progress.update(self._task, completed=step)
-    if step % self.log_every == 0 or step == self.steps:
+    if self.due(step):
       now = time.perf_counter()
       taken = max(step - self._since, 1)
       seconds = now - self._interval_begun
@@ -99,9 +116,11 @@ class Metrics:
         "data_wait_seconds": self._data_wait / taken,
         "seconds": self.seconds,
       }
+      if self.peak_flops:
+        timing["mfu"] = self._flops / seconds / self.peak_flops
       self.write("train", step, {**values, **timing})
       self._say(step, values, timing, now)
-      self._since, self._interval_begun, self._data_wait, self._cells = step, now, 0.0, 0.0
+      self._begin_interval(step, now)
     return values
 
   def write(self, kind: str, step: int, values: dict[str, float]) -> None:
@@ -118,17 +137,23 @@ class Metrics:
     except OSError as error:
       raise RunError(f"{self.path.parent}: metrics cannot be written: {error.strerror}") from error
 
+  def _begin_interval(self, step: int, now: float) -> None:
+    """From one line to the next."""
+    self._since, self._interval_begun = step, now
+    self._data_wait = self._cells = self._flops = 0.0
+
   def _say(self, step, values, timing, now) -> None:
     eta = (now - self._begun) / max(step - self._start, 1) * (self.steps - step)
     streams = " ".join(f"{name} {values[f'loss/{name}']:.4f}" for name in self.names)
     logging.info(
       "step %d/%d  eta %s  loss %.4f (%s)  |g| %.3g  lr %.3g  %s tokens/s  %.1f ms/step"
-      "  data wait %.1f ms",
+      "  data wait %.1f ms%s",
       *(step, self.steps, _clock(eta), values["loss"], streams),
       *(values["gradient_norm"], values["learning_rate"]),
       f"{timing['tokens_per_second']:,.0f}",
       timing["step_seconds"] * 1e3,
       timing["data_wait_seconds"] * 1e3,
+      f"  mfu {timing['mfu']:.1%}" if "mfu" in timing else "",
     )
 
 

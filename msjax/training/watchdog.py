@@ -82,6 +82,5 @@ class Watchdog:
     self.path.parent.mkdir(exist_ok=True)
     with open(self.path, "a", encoding="utf-8") as file:
       file.write(f"{now} {stall}\n")
-      file.flush()  # faulthandler writes past the buffer
-      faulthandler.dump_traceback(file)
+      faulthandler.dump_traceback(file)  # which flushes first, for it writes past the buffer
       file.write("\n")
