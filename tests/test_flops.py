@@ -1,6 +1,7 @@
 """Model FLOPs against the rule's own mask, against XLA's count, and against known figures."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,14 @@ from hypothesis import strategies as st
 from msjax.config import Config, ModelConfig
 from msjax.models.presets import preset
 from msjax.streams import HOLE, SAME_ROW, Stream, Streams
-from msjax.training.flops import Work, batch_work, full_work, matrix_parameters, training_flops
+from msjax.training.flops import (
+  Work,
+  batch_work,
+  full_work,
+  matrix_parameters,
+  peak_flops,
+  training_flops,
+)
 from msjax.training.state import Learner
 
 SILENCE, WORD = 0, 1
@@ -96,3 +104,11 @@ def test_the_figure_of_qwen3_8b():
   square = 6 * matrix_parameters(model, model.vocab_size) * L + attention * L**2
   assert square - ours == attention * (L**2 - work.pairs)
   assert work.pairs == pytest.approx(L**2 / 2, rel=0.002)
+
+
+def test_peak_arithmetic_of_devices_together():
+  device = lambda kind: types.SimpleNamespace(device_kind=kind)
+  chips = [device("TPU v5 lite"), device("TPU v6 lite")]
+  assert peak_flops(chips) == pytest.approx((197 + 918) * 1e12, rel=0.005)
+  assert peak_flops([*chips, device("TPU v99")]) is None
+  assert peak_flops(jax.devices()) is None  # those of a CPU

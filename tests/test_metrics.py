@@ -100,7 +100,8 @@ def test_mfu_is_the_share_of_peak_arithmetic_between_two_lines(path, caplog, mon
   with Metrics(path, 0, 4, 2, NAMES, peak_flops=1000.0) as metrics:
     for step, flops in ((1, 700.0), (2, 800.0), (3, 100.0), (4, 100.0)):
       now += 2.0
-      metrics.step(step, SCALARS, flops)
+      metrics.worked(flops)
+      metrics.step(step, SCALARS)
   assert [line["mfu"] for line in lines(path)] == [0.375, 0.05]
   assert [message.rpartition("  ")[2] for message in caplog.messages] == ["mfu 37.5%", "mfu 5.0%"]
 
@@ -108,7 +109,8 @@ def test_mfu_is_the_share_of_peak_arithmetic_between_two_lines(path, caplog, mon
 def test_no_mfu_where_the_peak_is_not_known(path, caplog):
   caplog.set_level(logging.INFO, "absl")
   with Metrics(path, 0, 1, 1, NAMES) as metrics:
-    metrics.step(1, SCALARS, 1e12)
+    metrics.worked(1e12)
+    metrics.step(1, SCALARS)
   assert "mfu" not in lines(path)[0]
   assert "mfu" not in caplog.messages[0]
 

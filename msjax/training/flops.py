@@ -6,11 +6,14 @@ much as the forward pass. What is computed again to save memory, padding, holes 
 are no model FLOPs: they make a step slower, and its share of peak arithmetic smaller.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from msjax.config import ModelConfig
+from msjax.kernels.chips import chip_of_device
 from msjax.streams import HOLE, Streams
 
 _FORWARD_AND_BACKWARD = 3  # times the forward pass
@@ -77,3 +80,12 @@ def training_flops(model: ModelConfig, vocab_size: int, work: Work) -> int:
   products = 2 * matrix_parameters(model, vocab_size) * work.cells
   scores_and_values = 2 * 2 * model.layers * model.heads * model.head_dim * work.pairs
   return _FORWARD_AND_BACKWARD * (products + scores_and_values)
+
+
+def peak_flops(devices: Iterable[jax.Device]) -> float | None:
+  """Returns the bfloat16 arithmetic a second of which these devices are capable together.
+
+  None where one of them is none of `chips.CHIPS`, such as a CPU.
+  """
+  chips = [chip_of_device(device.device_kind) for device in devices]
+  return None if None in chips else sum(chip.flops_per_second for chip in chips)

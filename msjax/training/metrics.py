@@ -92,19 +92,18 @@ class Metrics:
     """Counts time spent waiting for data."""
     self._data_wait += seconds
 
+  def worked(self, flops: float) -> None:
+    """Counts the model FLOPs of a step that has ended, before `step` takes its scalars."""
+    self._flops += flops
+
   def due(self, step: int) -> bool:
     """Whether a line is written after this step."""
     return step % self.log_every == 0 or step == self.steps
 
-  def step(self, step: int, scalars: dict[str, jax.Array], flops: float = 0.0) -> dict[str, float]:
-    """Takes the scalars and model FLOPs of the step that ended as number `step`.
-
-    Returns:
-      The scalars as floats.
-    """
+  def step(self, step: int, scalars: dict[str, jax.Array]) -> dict[str, float]:
+    """Takes the scalars of the step that ended as number `step`; returns them as floats."""
     values = {name: float(value) for name, value in jax.device_get(scalars).items()}
     self._cells += values.pop("cells")
-    self._flops += flops
     self._progress.update(self._task, completed=step)
     if self.due(step):
       now = time.perf_counter()
