@@ -1,9 +1,15 @@
 """Which steps are traced, however a run starts and ends."""
 
+import os
+import subprocess
+import sys
+from importlib import metadata
+
 import jax
-import jax.numpy as jnp
 import pytest
 
+from msjax.errors import InputError
+from msjax.training import trace as trace_lib
 from msjax.training.trace import Trace
 
 
@@ -65,8 +71,49 @@ def test_the_first_process_alone_traces(calls, tmp_path, monkeypatch):
 
 
 def test_the_profiler_leaves_a_trace(tmp_path):
-  with Trace(tmp_path / "run" / "profile", 1, 1) as trace:
-    trace.begin(1)
-    trace.end(1, jnp.ones(3) + 1)
-  (found,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+  """In a process of its own: another test may have loaded a libtpu that its profiler dies of."""
+  code = """
+import pathlib, sys, jax.numpy as jnp
+from msjax.training.trace import Trace
+with Trace(pathlib.Path(sys.argv[1]), 1, 1) as trace:
+  trace.begin(1)
+  trace.end(1, jnp.ones(3) + 1)
+"""
+  directory = tmp_path / "run" / "profile"
+  subprocess.run(
+    [sys.executable, "-c", code, directory], env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True
+  )
+  (found,) = directory.rglob("*.xplane.pb")
   assert found.stat().st_size
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+  """A jax that was built for libtpu 0.0.42, beside 0.0.52, which it looks for."""
+  needs = ["numpy>=2.0", 'libtpu==0.0.42.*; extra == "tpu"']
+  monkeypatch.setattr(metadata, "requires", lambda _: needs)
+  set_version = lambda version: monkeypatch.setattr(trace_lib, "libtpu_version", lambda: version)
+  set_version("0.0.52")
+  before = jax.config.jax_platforms
+  jax.config.update("jax_platforms", None)
+  yield set_version
+  jax.config.update("jax_platforms", before)
+
+
+@pytest.mark.usefixtures("libtpu")
+def test_a_libtpu_that_would_crash_is_refused(tmp_path):
+  expected = r"^config.train.profile_first_step: libtpu 0.0.52 .* expected 0.0.42.\*, by .* no TPU$"
+  with pytest.raises(InputError, match=expected):
+    Trace(tmp_path, 1, 2)
+  Trace(tmp_path, 0, 0)
+
+
+def test_a_libtpu_that_is_not_loaded_is_none_of_our_business(libtpu, tmp_path):
+  jax.config.update("jax_platforms", "cpu")
+  Trace(tmp_path, 1, 2)
+
+
+@pytest.mark.parametrize("version", [None, "0.0.42", "0.0.42.1"])
+def test_the_libtpu_that_jax_wants_is_taken(libtpu, tmp_path, version):
+  libtpu(version)
+  Trace(tmp_path, 1, 2)
