@@ -12,6 +12,7 @@ from msjax.config import Config
 from msjax.data import load as data
 from msjax.errors import InputError
 from msjax.evals import reports
+from msjax.training.goodput import process_began
 from msjax.training.loop import train
 from msjax.workdir import WorkDir
 
@@ -46,7 +47,7 @@ def main(_) -> None:
   logging.info("work directory %s", workdir.path)
   if config.baseline:
     _check_baseline(config)
-  trained, baseline = train(config, workdir), None
+  trained, baseline = train(config, workdir, process_began()), None
   if config.baseline:
     changes = ", ".join(f"{name}={value}" for name, value in config.baseline.items())
     logging.info("baseline: the same run with %s", changes)

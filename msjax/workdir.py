@@ -2,6 +2,7 @@
 
 config.json  streams.json  tokenizer.json  data.json  .lock
 checkpoints/  metrics.jsonl  tensorboard/  report.json  baseline/  hub/
+goodput.json  stalls/  profile/
 """
 
 import contextlib
@@ -58,6 +59,21 @@ class WorkDir:
   def metrics(self) -> pathlib.Path:
     """JSON lines of training and evaluation."""
     return self.path / "metrics.jsonl"
+
+  @property
+  def goodput(self) -> pathlib.Path:
+    """Where the time went."""
+    return self.path / "goodput.json"
+
+  @property
+  def stalls(self) -> pathlib.Path:
+    """Stacks of processes that hung."""
+    return self.path / "stalls"
+
+  @property
+  def profile(self) -> pathlib.Path:
+    """Traces of the profiler."""
+    return self.path / "profile"
 
   @property
   def baseline(self) -> "WorkDir":

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from msjax.errors import InputError, RunError
 from msjax.text.hf_tokenizer import train_bpe
 from msjax.training import loop
 from msjax.training.checkpoint import Checkpoints, load_params
+from msjax.training.goodput import read
 from msjax.training.loop import Stopped, train
 from msjax.training.metrics import Metrics
 from msjax.training.state import Learner, TrainState
@@ -287,6 +289,105 @@ def test_another_run_in_the_directory_is_refused(tmp_path):
   with pytest.raises(InputError, match=r"holds a run with config.model.dim = 8, this one has 16"):
     train(arithmetic(model__dim=16), WorkDir(tmp_path))
   assert saved_steps(WorkDir(tmp_path)) == [2]
+
+
+# What a run tells of its time.
+
+
+@pytest.mark.usefixtures("light_step")
+def test_the_time_of_a_run_is_accounted_for_over_restarts(tmp_path, monkeypatch):
+  config, workdir = arithmetic(train__save_every=4), WorkDir(tmp_path)
+  at_step = Metrics.step
+
+  def killed_at_6(self, step, scalars):
+    if step == 6:
+      raise KeyboardInterrupt
+    return at_step(self, step, scalars)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(Metrics, "step", killed_at_6)
+    train(config, workdir, began=time.time() - 100)
+  train(config, workdir)
+  ledger = read(workdir.goodput)
+  assert (ledger.starts, ledger.steps, ledger.lost_steps) == (2, 6, 1)
+  assert ledger.seconds["start"] > 100
+  assert all(ledger.seconds.values())
+  assert ledger.wall_seconds == pytest.approx(time.time() - ledger.first_start, abs=1)
+
+
+@pytest.mark.usefixtures("light_step")
+def test_the_account_is_as_recent_as_the_last_line(tmp_path, monkeypatch):
+  seen = []
+  at_step = Metrics.step
+
+  def step(self, step, scalars):
+    seen.append(read(tmp_path / "goodput.json").steps)
+    return at_step(self, step, scalars)
+
+  monkeypatch.setattr(Metrics, "step", step)
+  train(arithmetic(train__log_every=2, train__save_every=100), WorkDir(tmp_path))
+  assert seen == [0, 0, 2, 2, 4, 4]
+
+
+@pytest.mark.usefixtures("light_step")
+def test_what_may_take_long_is_no_stall(tmp_path, monkeypatch):
+  """Compiling, evaluating and saving are not watched; waiting for data is."""
+  watched = {}
+  watchdogs = []
+
+  class Watchdog(loop.Watchdog):
+    def __init__(self, path, seconds):
+      super().__init__(path, seconds)
+      watchdogs.append((self, path, seconds))
+
+  def noting(owner, name):
+    act = getattr(owner, name)
+
+    def noted(*args):
+      watched[name] = watchdogs[0][0]._since is not None
+      return act(*args)
+
+    monkeypatch.setattr(owner, name, noted)
+
+  monkeypatch.setattr(loop, "Watchdog", Watchdog)
+  noting(loop, "evaluate")
+  noting(Checkpoints, "save")
+  noting(Learner, "step")  # which is traced when it is compiled
+  noting(loop, "batch_work")
+  train(arithmetic(train__stall_seconds=99.0), WorkDir(tmp_path))
+  assert watched == {"step": False, "evaluate": False, "save": False, "batch_work": True}
+  ((watchdog, path, seconds),) = watchdogs
+  assert (path, seconds) == (tmp_path / "stalls" / "process0.txt", 99.0)
+  assert watchdog._step == 6
+
+
+@pytest.mark.usefixtures("light_step")
+def test_mfu_is_told_where_the_peak_is_known(tmp_path, monkeypatch):
+  work = []
+
+  def flops(model, vocab_size, of_batch):
+    work.append(of_batch)
+    return 1000.0
+
+  monkeypatch.setattr(loop, "peak_flops", lambda devices: 1e6 * len(devices))
+  monkeypatch.setattr(loop, "training_flops", flops)
+  train(arithmetic(), WorkDir(tmp_path))
+  assert all(
+    line["mfu"] * line["step_seconds"] * 1e6 == pytest.approx(1000)
+    for line in lines(WorkDir(tmp_path))
+    if line["kind"] == "train"
+  )
+  assert len(work) == 6 and all(0 < cells < pairs for cells, pairs in work)
+
+
+@pytest.mark.usefixtures("light_step")
+def test_named_steps_are_traced(tmp_path, monkeypatch):
+  calls = []
+  monkeypatch.setattr(jax.profiler, "start_trace", lambda path: calls.append(path))
+  monkeypatch.setattr(jax.profiler, "stop_trace", lambda: calls.append("stop"))
+  fields = {"train__profile_first_step": 2, "train__profile_last_step": 3}
+  train(arithmetic(**fields), WorkDir(tmp_path))
+  assert calls == [tmp_path / "profile", "stop"]
 
 
 # A loss that is not finite.

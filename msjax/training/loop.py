@@ -24,8 +24,12 @@ from msjax.data.pipeline import Source
 from msjax.errors import InputError, RunError
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import Checkpoints, default_device, load_params
+from msjax.training.flops import batch_work, peak_flops, training_flops
+from msjax.training.goodput import Goodput
 from msjax.training.metrics import Metrics
 from msjax.training.state import Learner, Params, TrainState, summarize
+from msjax.training.trace import Trace
+from msjax.training.watchdog import Watchdog
 from msjax.workdir import WorkDir
 
 
@@ -52,17 +56,22 @@ class Stopped(RunError):
   kind = "stopped"
 
 
-def train(config: Config, workdir: WorkDir) -> Trained:
+def train(config: Config, workdir: WorkDir, began: float | None = None) -> Trained:
   """Trains a run to its last step, from wherever it stands.
 
   It starts from the first of these that exists: the latest checkpoint in `workdir`, the parameters
   of `config.init_from`, fresh random parameters.
 
+  Args:
+    config: valid.
+    workdir: of the run.
+    began: Unix time at which this process began to work for the run; by default now.
+
   Raises:
     InputError: data, config or work directory are wrong.
     RunError: the loss is not finite, a checkpoint cannot be written, or a signal came (`Stopped`).
   """
-  t = config.train
+  t, began = config.train, time.time() if began is None else began
   if jax.process_count() > 1:
     raise InputError(f"{jax.process_count()} processes: training runs in one so far; start one")
   made_before = workdir.path / "tokenizer.json" if workdir.steps_taken else None
@@ -81,25 +90,45 @@ def train(config: Config, workdir: WorkDir) -> Trained:
       seed=t.seed,
       threads=t.read_threads,
     )
-    with Checkpoints(workdir.checkpoints, t.keep) as checkpoints, _stop_signals() as stop:
+    with (
+      Goodput(workdir.goodput, began) as goodput,
+      Checkpoints(workdir.checkpoints, t.keep) as checkpoints,
+      _stop_signals() as stop,
+    ):
       state = _start(learner, checkpoints, batches, data.tokenizer)
       start = int(state.step)
+      goodput.go_on(start)
       if start >= t.steps:
         logging.info("all %d steps are taken; more by a larger --config.train.steps", start)
       best = checkpoints.best_loss
       trained = [s.name for s in data.streams.streams if s.weight]
       take_step = jax.jit(learner.step, donate_argnums=0)
-      with Metrics(workdir.metrics, start, t.steps, t.log_every, trained) as metrics:
-        finish = functools.partial(_finish, metrics, data.train, checkpoints)
+      peak = peak_flops(jax.local_devices()[:1])
+      stacks = workdir.stalls / f"process{jax.process_index()}.txt"
+      with (
+        Metrics(workdir.metrics, start, t.steps, t.log_every, trained, peak) as metrics,
+        Watchdog(stacks, t.stall_seconds) as watchdog,
+        Trace(workdir.profile, t.profile_first_step, t.profile_last_step) as trace,
+      ):
+        clocks = _Clocks(metrics, goodput, watchdog)
+        finish = functools.partial(_finish, clocks, data.train, checkpoints)
         running = None  # the step whose scalars have not been read yet
         for step in range(start + 1, t.steps + 1):
+          trace.begin(step)
           begun = time.perf_counter()
-          batch = dict(next(batches))
+          with goodput.span("data_wait"):
+            batch = dict(next(batches))
           metrics.waited(time.perf_counter() - begun)
           records = batch.pop("record")
+          if step == start + 1:
+            with goodput.span("compile"), watchdog.paused():
+              take_step = take_step.lower(state, batch).compile()
           state, scalars = take_step(state, batch)
+          work = batch_work(data.streams, batch["tokens"], batch["segments"])
+          flops = training_flops(config.model, learner.vocab_size, work)
+          trace.end(step, scalars)
           finish(running)
-          running = _Running(step, scalars, records)
+          running = _Running(step, scalars, records, flops)
           save_now = step == t.steps or step % t.save_every == 0
           evaluate_now = data.valid is not None and (
             step == t.steps or bool(t.eval_every and step % t.eval_every == 0)
@@ -109,7 +138,8 @@ def train(config: Config, workdir: WorkDir) -> Trained:
           running = finish(running)  # only a state whose own step was finite is evaluated or saved
           valid_loss = None
           if evaluate_now:
-            scores = evaluate(learner, state.params, data.valid)
+            with goodput.span("evaluation"), watchdog.paused():
+              scores = evaluate(learner, state.params, data.valid)
             metrics.write("valid", step, scores)
             valid_loss = scores["loss"]
             if not math.isfinite(valid_loss):
@@ -123,33 +153,57 @@ def train(config: Config, workdir: WorkDir) -> Trained:
           best = valid_loss if is_best else best
           stopping = stop.is_set()  # asked once: who is told that the run is saved, has it saved
           if save_now or is_best or stopping:
-            checkpoints.save(step, state, batches, valid_loss)
+            with goodput.span("saves"), watchdog.paused():
+              checkpoints.save(step, state, batches, valid_loss)
+            goodput.saved(step)
           if stopping:
             logging.info("stopped by a signal: saving step %d", step)
-            checkpoints.wait()
+            with goodput.span("saves"), watchdog.paused():
+              checkpoints.wait()
             raise Stopped(f"by a signal, saved at step {step}; run again to go on")
         seconds = metrics.seconds
-      checkpoints.wait()
+      with goodput.span("saves"):
+        checkpoints.wait()
       if stop.is_set():  # asked for while the last step was being saved
         raise Stopped(f"by a signal, saved at step {t.steps}; run again to go on")
   return Trained(learner, state.params, data, seconds)
 
 
 class _Running(NamedTuple):
-  """A dispatched step: its number, its scalars on the device, its batch's record indices."""
+  """A dispatched step: its number, its scalars on the device, its batch's record indices and model
+  FLOPs."""
 
   step: int
   scalars: dict[str, jax.Array]
   records: np.ndarray
+  flops: float
+
+
+class _Clocks(NamedTuple):
+  """Who is told that a step has ended."""
+
+  metrics: Metrics
+  goodput: Goodput
+  watchdog: Watchdog
+
+  def step(self, running: _Running) -> dict[str, float]:
+    """Reads the scalars of a step, which waits for its end."""
+    self.metrics.worked(running.flops)
+    values = self.metrics.step(running.step, running.scalars)
+    self.watchdog.step(running.step)
+    self.goodput.step(running.step)
+    if self.metrics.due(running.step):
+      self.goodput.write()
+    return values
 
 
 def _finish(
-  metrics: Metrics, source: Source, checkpoints: Checkpoints, running: _Running | None
+  clocks: _Clocks, source: Source, checkpoints: Checkpoints, running: _Running | None
 ) -> None:
   """Reads the scalars of a step; a loss or gradient that is not finite ends the run."""
   if running is None:
     return
-  values = metrics.step(running.step, running.scalars)
+  values = clocks.step(running)
   if math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"]):
     return
   checkpoints.wait()  # the one in flight is good, and may take the place of an older one
