@@ -14,11 +14,18 @@ MODULE = """HloModule jit_f
   %y = f32[8,128]{1,0:T(8,128)S(1)} negate(%x), backend_config={"estimated_cycles":"10"}
 }
 
+%condition.1 (p: (s32[], f32[8,128])) -> pred[] {
+  %p = (s32[], f32[8,128]{1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%p), index=0
+  %five = s32[]{:T(128)} constant(5)
+  ROOT %more = pred[]{:T(512)} compare(%i, %five), direction=LT
+}
+
 ENTRY %main (a: f32[8,128]) -> bf16[8,128] {
   %a = f32[8,128]{1,0:T(8,128)} parameter(0)
   %copy-start = (f32[8,128]{1,0:T(8,128)S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%a)
   %copy-done = f32[8,128]{1,0:T(8,128)S(1)} copy-done(%copy-start)
-  %while = (s32[], f32[8,128]{1,0}) while(%t), body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %while = (s32[], f32[8,128]{1,0}) while(%t), condition=%condition.1, body=%body.1
   %k.1 = bf16[8,128]{1,0:T(8,128)(2,1)} custom-call(%copy-done, %a), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "note":"a line of its own"
 }}, backend_config={"used_scoped_memory_configs":[{"memory_space":"1","offset":"0","size":"100"}]@}
@@ -48,7 +55,9 @@ def test_cycles_that_xla_does_not_know_are_not_a_number():
 
 
 def test_a_loop_of_unknown_length_counts_once():
-  once = parse_module(MODULE.replace('"known_trip_count":{"n":"5"}', ""))
+  once = parse_module(
+    MODULE.replace("%five = s32[]{:T(128)} constant(5)", "%five = s32[] negate(%i)")
+  )
   assert parse_module(MODULE).xla_cycles - once.xla_cycles == 4 * 10
 
 

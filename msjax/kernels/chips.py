@@ -23,6 +23,7 @@ class Chip:
     hertz: clock.
     cores: TensorCores of a chip; kernels split their grid over them.
     hbm_bytes_per_second: of the chip.
+    hbm_bytes: of the chip, what the compiler lets a program fill.
   """
 
   name: str
@@ -32,6 +33,7 @@ class Chip:
   hertz: float
   cores: int
   hbm_bytes_per_second: float
+  hbm_bytes: int
 
   @property
   def flops_per_cycle(self) -> float:
@@ -45,9 +47,9 @@ class Chip:
 
 
 CHIPS = {
-  "v5e": Chip("v5e", 4, 16, 128, 1.5e9, 1, 819e9),
-  "v5p": Chip("v5p", 4, 16, 128, 1.75e9, 2, 2765e9),
-  "v6e": Chip("v6e", 2, 8, 256, 1.75e9, 1, 1640e9),
+  "v5e": Chip("v5e", 4, 16, 128, 1.5e9, 1, 819e9, 16_128 << 20),
+  "v5p": Chip("v5p", 4, 16, 128, 1.75e9, 2, 2765e9, 98_026 << 20),
+  "v6e": Chip("v6e", 2, 8, 256, 1.75e9, 1, 1640e9, 31_994 << 20),
 }
 
 # What jax calls a device of each; the two cores of a v5p are one device.

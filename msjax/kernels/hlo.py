@@ -1,23 +1,20 @@
-"""What a compiled TPU program moves through memory and computes, read from its optimized HLO.
+"""What a compiled TPU program moves, computes and exchanges, read from its optimized HLO.
 
-Loops are counted as often as they run, where XLA knows how often, else once. Branches of a
-`conditional` are not looked into: it counts as one operation on its operands.
+Loops that count to a constant are taken to count from 0 by 1, as those of `jax.lax.scan` do; others
+count once. Of the branches of a `conditional` that with the most HBM traffic counts. Work on a
+SparseCore moves bytes, but takes no cycles of the TensorCore.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
+from msjax.kernels.collectives import Collective, collectives_of, kind_of, merge
+from msjax.kernels.hlo_text import HBM, VMEM, Computation, Instruction, Text, parse_text, size
+from msjax.kernels.hlo_traffic import hbm_bytes, moves_nothing
+
+_CALLERS = ("while", "call", "conditional", "async-start")
 _UNKNOWN_CYCLES = 2**62  # what XLA writes for "unknown" is greater
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$", re.M)
-_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%([\w.\-]+) = ", re.M)
-_OPCODE = re.compile(r"[)\]}]\s([a-z][\w\-]*)\(")
-_ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-_MOVES_NOTHING = re.compile(
-  r"(parameter|constant|tuple|get-tuple-element|bitcast|iota|after-all|.*-done)$"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,124 +23,144 @@ class Module:
 
   Attributes:
     kernels: names of its Pallas calls.
-    hbm_bytes: of every operation the operands and results that stand in HBM, each once; of a
-      Pallas call what its `CostEstimate` says, less what XLA keeps in VMEM for it. A kernel
-      without an estimate may fetch blocks again: then this is a lower bound.
+    collectives: those that more than one chip takes part in.
+    hbm_bytes: what every operation reads and writes in HBM (see hlo_traffic.py); of a Pallas call
+      what its `CostEstimate` says, less what XLA keeps in VMEM for it. A kernel without an estimate
+      counts operands and results, but may fetch blocks again: then this is a lower bound.
     vmem_bytes: the most of any Pallas call: its scratch, blocks, and operands kept in VMEM.
     xla_vmem_bytes: likewise of XLA's own operations.
-    xla_cycles: what XLA estimates for its own operations, NaN if it does not know of one.
+    xla_cycles: what XLA estimates for its own operations except collectives, NaN if it does not
+      know of one.
+    matmul_cycles: the part of it that goes to operations with matrix products.
+    copy_cycles: the part of it that goes to copies.
   """
 
   kernels: tuple[str, ...] = ()
+  collectives: tuple[Collective, ...] = ()
   hbm_bytes: int = 0
   vmem_bytes: int = 0
   xla_vmem_bytes: int = 0
   xla_cycles: float = 0
+  matmul_cycles: float = 0
+  copy_cycles: float = 0
 
-  def plus(self, part: "Module", times: int = 1) -> "Module":
-    """Adds a part of the program that runs so many times."""
+  def __add__(self, other: "Module") -> "Module":
+    """Returns one part of a program after the other."""
     return Module(
-      self.kernels + part.kernels,
-      self.hbm_bytes + times * part.hbm_bytes,
-      max(self.vmem_bytes, part.vmem_bytes),
-      max(self.xla_vmem_bytes, part.xla_vmem_bytes),
-      self.xla_cycles + times * part.xla_cycles,
+      self.kernels + other.kernels,
+      self.collectives + other.collectives,
+      self.hbm_bytes + other.hbm_bytes,
+      max(self.vmem_bytes, other.vmem_bytes),
+      max(self.xla_vmem_bytes, other.xla_vmem_bytes),
+      self.xla_cycles + other.xla_cycles,
+      self.matmul_cycles + other.matmul_cycles,
+      self.copy_cycles + other.copy_cycles,
     )
+
+  def repeated(self, times: int) -> "Module":
+    """Returns the part of a program that runs in a loop."""
+    return dataclasses.replace(
+      self,
+      collectives=tuple(
+        dataclasses.replace(x, count=times * x.count, in_loop=True) for x in self.collectives
+      ),
+      hbm_bytes=times * self.hbm_bytes,
+      xla_cycles=times * self.xla_cycles,
+      matmul_cycles=times * self.matmul_cycles,
+      copy_cycles=times * self.copy_cycles,
+    )
+
+  def off_core(self) -> "Module":
+    """Returns the same work done by another core than the TensorCore."""
+    return dataclasses.replace(self, xla_cycles=0, matmul_cycles=0, copy_cycles=0)
 
 
 def parse_module(text: str) -> Module:
-  """Reads the text of an optimized TPU module, as `jax.stages.Compiled.as_text` gives it."""
-  bodies = {head[2]: body for head, body in _pieces(_COMPUTATION, text)}
-  entry = next(head[2] for head in _COMPUTATION.finditer(text) if head[1])
-  return _cost_of_computation(bodies, entry)
+  """Reads the text of an optimized TPU module, as `static.compile_and_read` gives it."""
+  parsed = parse_text(text)
+  return _cost_of_computation(parsed, parsed.computations[parsed.entry], asynchronous=False)
 
 
-def _pieces(head: re.Pattern, text: str) -> Iterator[tuple[re.Match, str]]:
-  """Yields every head and what stands between it and the next."""
-  heads = list(head.finditer(text))
-  ends = [following.start() for following in heads[1:]] + [len(text)]
-  return ((found, text[found.end() : end]) for found, end in zip(heads, ends))
-
-
-class _Instruction(NamedTuple):
-  """One line of a computation.
-
-  Attributes:
-    name: of the result.
-    op: opcode.
-    types: of the result, which may be a tuple.
-    operands: names.
-    text: all that follows the name.
-  """
-
-  name: str
-  op: str
-  types: str
-  operands: list[str]
-  text: str
-
-  def number(self, pattern: str, default: int = 0) -> int:
-    """Returns what stands at the group of a pattern."""
-    found = re.search(pattern, self.text)
-    return int(found[1]) if found else default
-
-
-def _instructions(body: str) -> Iterator[_Instruction]:
-  for head, text in _pieces(_INSTRUCTION, body):
-    if op := _OPCODE.search(text):
-      operands = re.findall(r"%([\w.\-]+)", text[op.end() :].partition(")")[0])
-      yield _Instruction(head[1], op[1], text[: op.start() + 1], operands, text)
-
-
-def _cost_of_computation(bodies: Mapping[str, str], name: str) -> Module:
+def _cost_of_computation(text: Text, computation: Computation, asynchronous: bool) -> Module:
   """Adds up the instructions of one computation and of those it calls."""
-  instructions = list(_instructions(bodies[name]))
-  types = {instruction.name: instruction.types for instruction in instructions}
-  total = Module()
-  for instruction in instructions:
-    if instruction.op in ("while", "call"):
-      called = re.search(r"(?:body|to_apply)=%?([\w.\-]+)", instruction.text)[1]
-      times = instruction.number(r'known_trip_count"?:\{"?n"?:"?(\d+)', default=1)
-      total = total.plus(_cost_of_computation(bodies, called), times)
-    elif not _MOVES_NOTHING.match(instruction.op):
-      total = total.plus(_cost(instruction, [types.get(name, "") for name in instruction.operands]))
-  return total
+  costs = (_cost(text, computation, x, asynchronous) for x in computation.instructions.values())
+  total = sum(costs, Module())
+  return dataclasses.replace(total, collectives=merge(total.collectives))
 
 
-def _cost(instruction: _Instruction, operands: list[str]) -> Module:
-  """What one instruction costs; `operands` are their types."""
-  if instruction.op == "copy-start":  # results: destination, source (the operand) and a flag
-    destination, source, *_ = _ARRAY.finditer(instruction.types)
-    return Module(hbm_bytes=_bytes(destination[0], vmem=False) + _bytes(source[0], vmem=False))
-  arrays = " ".join([instruction.types, *operands])
-  in_vmem, in_hbm = _bytes(arrays, vmem=True), _bytes(arrays, vmem=False)
-  vmem_bytes = in_vmem + instruction.number(
+def _cost(
+  text: Text, computation: Computation, instruction: Instruction, asynchronous: bool
+) -> Module:
+  """What one instruction costs with all that it calls."""
+  if instruction.op in _CALLERS or "called_computations=" in instruction.text:
+    asynchronous |= instruction.op == "async-start"
+    called = [_cost_of_computation(text, x, asynchronous) for x in text.called_by(instruction)]
+    cost = max(called, key=lambda branch: branch.hbm_bytes)  # only a conditional calls several
+    if instruction.op == "while":
+      cost = cost.repeated(_trips(text, instruction))
+    return cost.off_core() if 'execution_thread="sparsecore"' in instruction.text else cost
+  if moves_nothing(instruction):
+    return Module()
+  if 'custom_call_target="tpu_custom_call"' in instruction.text:
+    return _cost_of_kernel(computation, instruction)
+  return _cost_of_xla(text, computation, instruction, asynchronous)
+
+
+def _trips(text: Text, loop: Instruction) -> int:
+  """How often a `while` runs its body."""
+  condition = text.computations[re.search(r"condition=%?([\w.\-]+)", loop.text)[1]]
+  if not (condition.root.op == "compare" and "direction=LT" in condition.root.text):
+    return 1
+  limit = condition.instructions[condition.root.operands[1]]
+  return limit.number(r"constant\((\d+)\)", default=1)
+
+
+def _cost_of_kernel(computation: Computation, instruction: Instruction) -> Module:
+  in_vmem = _bytes(computation, instruction, VMEM)
+  estimate = instruction.number(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
+  return Module(
+    kernels=(instruction.name,),
+    hbm_bytes=max(estimate - in_vmem, 0) if estimate else _bytes(computation, instruction, HBM),
+    vmem_bytes=in_vmem + _scratch(instruction),
+  )
+
+
+def _cost_of_xla(
+  text: Text, computation: Computation, instruction: Instruction, asynchronous: bool
+) -> Module:
+  collectives = tuple(collectives_of(text, computation, instruction, asynchronous))
+  cycles = instruction.number(r'"estimated_cycles":"(\d+)"')
+  if kind_of(instruction) or (collectives and "kind=kCustom" in instruction.text):
+    cycles = 0  # of the links between chips, if XLA estimates any
+  elif cycles > _UNKNOWN_CYCLES:
+    cycles = math.nan
+  return Module(
+    collectives=collectives,
+    hbm_bytes=hbm_bytes(text, computation, instruction),
+    xla_vmem_bytes=_bytes(computation, instruction, VMEM) + _scratch(instruction),
+    xla_cycles=cycles,
+    matmul_cycles=cycles if _multiplies(text, instruction) else 0,
+    copy_cycles=cycles if instruction.op == "copy" else 0,
+  )
+
+
+def _multiplies(text: Text, instruction: Instruction) -> bool:
+  """Whether there are matrix products in an operation or in what is fused in it."""
+  return instruction.op in ("convolution", "dot") or any(
+    _multiplies(text, inner)
+    for callee in text.called_by(instruction)
+    for inner in callee.instructions.values()
+  )
+
+
+def _bytes(computation: Computation, instruction: Instruction, space: int) -> int:
+  """Of the operands and results in one memory space."""
+  types = [instruction.types, *map(computation.types, instruction.operands)]
+  return size(" ".join(types), space)
+
+
+def _scratch(instruction: Instruction) -> int:
+  """Bytes of VMEM that an operation takes for itself."""
+  return instruction.number(
     r'"used_scoped_memory_configs":\[\{"memory_space":"1",[^}]*"size":"(\d+)"'
   )
-  if 'custom_call_target="tpu_custom_call"' in instruction.text:
-    estimate = instruction.number(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"')
-    hbm_bytes = max(estimate - in_vmem, 0) if estimate else in_hbm
-    return Module((instruction.name,), hbm_bytes, vmem_bytes)
-  cycles = instruction.number(r'"estimated_cycles":"(\d+)"')
-  return Module(
-    hbm_bytes=in_hbm,
-    xla_vmem_bytes=vmem_bytes,
-    xla_cycles=math.nan if cycles > _UNKNOWN_CYCLES else cycles,
-  )
-
-
-def _bytes(types: str, vmem: bool) -> int:
-  """Bytes of the arrays that stand in VMEM, or of those that do not."""
-  return sum(
-    math.prod(map(int, filter(None, shape.split(",")))) * _bits(dtype) // 8
-    for dtype, shape, layout in _ARRAY.findall(types)
-    if ("S(" in layout) == vmem
-  )
-
-
-def _bits(dtype: str) -> int:
-  """Of one number: the first in the name, as in bf16 and f8e4m3fn; a token has none."""
-  if dtype == "pred":
-    return 8
-  found = re.search(r"\d+", dtype)
-  return int(found[0]) if found else 0

@@ -38,6 +38,10 @@ _WITHOUT_A_TPU = {
   "TPU_STDERR_LOG_LEVEL": "3",
   "TPU_MIN_LOG_LEVEL": "3",
 }
+_OVERRUN = re.compile(  # before buffers are assigned; after
+  r"total memory required.* \(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)"
+  r"|Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm"
+)
 _DUMP_SCHEDULES = (
   " --xla_jf_dump_to={} --xla_jf_dump_llo_text=true --xla_jf_dump_llo_pass_label_regex=final.*"
 )
@@ -71,10 +75,61 @@ def compile_for(
     InputError: libtpu is not installed, or knows no such topology.
     jax.errors.JaxRuntimeError: it does not compile.
   """
+  return _lower_for(fn, args, topology, **jit).compile(options)
+
+
+def _lower_for(fn: Callable, args: Sequence[Any], topology: str, **jit: Any) -> jax.stages.Lowered:
   device = Mesh(np.array(_devices(topology)[:1]), ("device",))
   sharding = NamedSharding(device, PartitionSpec())
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-  return jax.jit(fn, **jit).lower(*jax.tree.map(place, tuple(args))).compile(options)
+  return jax.jit(fn, **jit).lower(*jax.tree.map(place, tuple(args)))
+
+
+def compile_with_text(
+  lowered: jax.stages.Lowered, options: Mapping[str, Any] | None = None
+) -> tuple[jax.stages.Compiled, str]:
+  """Compiles for TPU and returns the optimized HLO as well, which `hlo.parse_module` reads.
+
+  The text is what XLA dumps: `as_text` of the compiled program has jaxlib parse it anew, which
+  fails where libtpu is newer than jaxlib and has moved a gather to a SparseCore.
+
+  Args:
+    lowered: a function that is jitted over devices of a topology.
+    options: of the compiler.
+
+  Raises:
+    InputError: this libtpu dumps nothing.
+    jax.errors.JaxRuntimeError: it does not compile.
+  """
+  with tempfile.TemporaryDirectory() as dump:
+    dumping = {"xla_dump_to": dump, "xla_dump_hlo_as_text": True}
+    compiled = lowered.compile({**(options or {}), **dumping})
+    texts = sorted(pathlib.Path(dump).glob("*.after_codegen.txt"))
+    if not texts:
+      raise InputError(
+        f"libtpu {libtpu_version()} did not tell jaxlib {metadata.version('jaxlib')} what it "
+        f"compiled; install the pair that fits: pip install 'jax[tpu]=={jax.__version__}'"
+      )
+    return compiled, texts[-1].read_text()
+
+
+def hbm_overrun(error: Exception) -> tuple[int, int] | None:
+  """Reads how much HBM a program needs, and how much there is, where it was too much.
+
+  Args:
+    error: what compiling raised.
+
+  Returns:
+    Bytes a chip needs and has, to a hundredth of the unit in the message; None if the error tells
+    of something else.
+  """
+  found = _OVERRUN.search(str(error))
+  return found and tuple(_bytes(figure) for figure in found.groups() if figure)
+
+
+def _bytes(text: str) -> int:
+  """Of a figure such as 15.75G."""
+  return round(float(text.rstrip("KMGT")) * 1024 ** " KMGT".index(text[-1]))
 
 
 def _devices(topology: str) -> Sequence[jax.Device]:
@@ -179,9 +234,9 @@ def measure_here(make: Make, topology: str, options: Mapping[str, str] | None = 
     old.unlink()
   fn, args = make()
   began = time.perf_counter()
-  compiled = compile_for(fn, args, topology, options)
+  compiled, text = compile_with_text(_lower_for(fn, args, topology), options)
   seconds = time.perf_counter() - began
-  module = parse_module(compiled.as_text())
+  module = parse_module(text)
   return Program(
     topology=topology,
     libtpu=libtpu_version(),
