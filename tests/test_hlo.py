@@ -61,6 +61,34 @@ def test_a_loop_of_unknown_length_counts_once():
   assert parse_module(MODULE).xla_cycles - once.xla_cycles == 4 * 10
 
 
+PRODUCTS = """HloModule jit_f
+
+%inner (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  ROOT %c = f32[8,128]{1,0:T(8,128)} convolution(%p, %p), dim_labels=bf_io->bf
+}
+
+%outer (p: f32[8,128]) -> f32[8,128] {
+  %p = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %f = f32[8,128]{1,0:T(8,128)} fusion(%p), kind=kOutput, calls=%inner
+  ROOT %t = f32[8,128]{1,0:T(8,128)} tanh(%f)
+}
+
+ENTRY %main (a: f32[8,128]) -> f32[8,128] {
+  %a = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %b = f32[8,128]{1,0:T(8,128)} fusion(%a), kind=kOutput, calls=%outer, backend_config={"estimated_cycles":"1000"}
+  %c = f32[8,128]{1,0:T(8,128)} copy(%b), backend_config={"estimated_cycles":"100"}
+  %d = f32[8,128]{1,0:T(8,128)} negate(%c), backend_config={"estimated_cycles":"10"}
+  ROOT %e = f32[8,128]{1,0:T(8,128)} all-reduce(%d), replica_groups={{0,1}}, to_apply=%add, backend_config={"estimated_cycles":"1"}
+}
+"""  # noqa: E501
+
+
+def test_cycles_are_told_apart_and_collectives_left_out():
+  module = parse_module(PRODUCTS)
+  assert (module.matmul_cycles, module.copy_cycles, module.xla_cycles) == (1000, 100, 1110)
+
+
 @pytest.mark.parametrize(
   ("array", "size"),
   [

@@ -1,14 +1,20 @@
 """Compiling for a TPU that is not there, and reading what comes out."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental import pallas as pl
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from msjax.errors import InputError
-from msjax.kernels import static
+from msjax.kernels import hlo, static
+from msjax.kernels.chips import CHIPS
 from msjax.kernels.schedule import Trips
 
 
@@ -90,3 +96,133 @@ def test_a_program_without_kernels_is_read():
 def test_a_topology_that_libtpu_does_not_know_is_told():
   with pytest.raises(InputError, match=r"^topology 'v5e:3x77': .*; v5e:2x2 would do$"):
     static.measure(product, "v5e:3x77")
+
+
+def read(topology, fn, in_specs, out_specs, *shapes, dtype=jnp.bfloat16):
+  """Compiles `fn` for all chips of a topology, on an axis `x`, and reads what they do.
+
+  Args:
+    topology: such as `v5e:2x2`.
+    fn: what each chip runs.
+    in_specs: of its arguments.
+    out_specs: of its results.
+    shapes: of its arguments, all chips together; that of indices has one dimension.
+    dtype: of arguments that are no indices.
+  """
+  static.compile_for(jnp.sin, (jnp.zeros(8),), topology)  # it sets what libtpu needs to start
+  devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+  mesh = Mesh(np.array(devices), "x")
+  fn = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+  args = (
+    jax.ShapeDtypeStruct(
+      shape, dtype if len(shape) > 1 else jnp.int32, sharding=NamedSharding(mesh, spec)
+    )
+    for shape, spec in zip(shapes, in_specs)
+  )
+  _, text = static.compile_with_text(jax.jit(fn).lower(*args))
+  return hlo.parse_module(text)
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(("topology", "chips"), [("v5e:2x2", 4), ("v6e:2x4", 8)])
+def test_a_scan_over_layers_reads_weights_once_and_reduces_once_a_layer(topology, chips):
+  layers, rows, dim, hidden = 4, 16, 4096, 8192
+
+  def forward(up, down, x):
+    layer = lambda x, w: (x + jax.lax.psum(x @ w[0] @ w[1], "x"), None)
+    return jax.lax.scan(layer, x, (up, down))[0]
+
+  module = read(
+    topology,
+    forward,
+    (P(None, None, "x"), P(None, "x"), P()),
+    P(),
+    (layers, dim, hidden * chips),
+    (layers, hidden * chips, dim),
+    (rows, dim),
+  )
+  (reduction,) = module.collectives
+  assert (reduction.kind, reduction.group) == ("all-reduce", chips)
+  assert (reduction.bytes, reduction.count, reduction.in_loop) == (rows * dim * 2, layers, True)
+  assert module.hbm_bytes == pytest.approx(2 * layers * dim * hidden * 2, rel=0.01)
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+def test_sharded_weights_are_gathered_twice_and_their_gradients_scattered(topology):
+  layers, rows, dim = 3, 1024, 2048
+
+  def gradients(weights, x):
+    gather = lambda w: jax.lax.all_gather(w, "x", axis=0, tiled=True)
+    layer = jax.checkpoint(lambda x, w: (jax.nn.relu(x @ gather(w)), None))
+    return jax.grad(lambda weights: jax.lax.scan(layer, x, weights)[0].sum())(weights)
+
+  spec = P(None, "x")
+  module = read(topology, gradients, (spec, P("x")), spec, (layers, dim, dim), (4 * rows, dim))
+  found = {x.kind: x for x in module.collectives}
+  whole = dim * dim * 2
+  assert set(found) <= {"all-gather", "reduce-scatter", "collective-permute"}
+  assert all(x.in_loop for x in module.collectives)
+  gather, scatter = found["all-gather"], found["reduce-scatter"]
+  assert (gather.bytes, gather.count, gather.group) == (whole, 2 * layers, 4)
+  assert (scatter.count, scatter.group) == (layers, 4)
+  assert whole <= scatter.bytes < 1.1 * whole  # the compiler pads
+  chip = CHIPS[topology[:3]]
+  least = layers * 4 * 2 * rows * dim**2 / chip.flops_per_cycle / chip.cores
+  assert least < module.matmul_cycles < 1.5 * least
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("topology", ["v5p:2x2x1", "v6e:2x2"])
+def test_rows_that_a_sparsecore_gathers_are_read(topology):
+  rows, words, dim = 20_480, 153_600, 64
+
+  def embed(table, words):
+    return jax.lax.all_gather(table[words], "x", axis=0, tiled=True)
+
+  specs = (P(None, "x"), P("x"))
+  module = read(topology, embed, specs, P(), (words, 4 * dim), (4 * rows,))
+  (gather,) = module.collectives
+  assert (gather.kind, gather.bytes, gather.group) == ("all-gather", 4 * rows * dim * 2, 4)
+  assert module.hbm_bytes > 2 * rows * dim * 2
+  assert math.isfinite(module.xla_cycles)
+
+
+def test_a_libtpu_that_tells_nothing(monkeypatch):
+  monkeypatch.setattr(static, "libtpu_version", lambda: "0.0.1")
+  with pytest.raises(InputError, match=r"^libtpu 0\.0\.1 did not tell jaxlib .*pip install 'jax"):
+    static.compile_with_text(jax.jit(jnp.sin).lower(1.0))  # as the compiler for CPUs does
+
+
+@pytest.mark.parametrize(
+  ("message", "figures"),
+  [
+    (
+      "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+      "required for HLO temporaries (66.50G) exceeds available HBM (15.75G). HLO module: jit_f.",
+      (66.5 * 2**30, 15.75 * 2**30),
+    ),
+    (
+      "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: XLA:TPU compile permanent error. Ran out of "
+      "memory in memory space hbm. Used 31.50G of 31.24G hbm. Exceeded hbm capacity by 266.24M.",
+      (31.5 * 2**30, round(31.24 * 2**30)),
+    ),
+    ("Ran out of memory in memory space vmem. Used 20.00M of 16.00M vmem. Exceeded ...", None),
+    ("INVALID_ARGUMENT: no", None),
+  ],
+)
+def test_how_much_memory_was_missing(message, figures):
+  assert static.hbm_overrun(RuntimeError(message)) == figures
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_memory_of_chips_is_what_the_compiler_says(topology, factor):
+  size = CHIPS[topology[:3]].hbm_bytes
+  x = jax.ShapeDtypeStruct((int(size * factor) >> 16, 1 << 14), jnp.float32)
+  with pytest.raises(jax.errors.JaxRuntimeError) as caught:
+    static.compile_for(lambda x: x[0, :1024], (x,), topology)
+  needed, capacity = static.hbm_overrun(caught.value)
+  assert needed == pytest.approx(size * factor, rel=0.002)
+  assert capacity == pytest.approx(size, abs=1 << 23)
