@@ -16,6 +16,7 @@ from msjax.errors import InputError, nearest
 from msjax.streams import SAME_ROW, Stream, Streams
 
 FORMAT_VERSION = 1
+REMAT = ("auto", "none", "dots", "qkv", "attention", "full")
 TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 TYPE_WORDS[tuple[str, ...]] = "a tuple of texts, as in ('a', 'b')"
 
@@ -53,8 +54,10 @@ class ModelConfig:
   mlp_bias: bool = False
   tied_head: bool = True  # the output matrix is the embedding
   attention_dropout: float = 0.0
-  # What the backward pass computes again: none; dots: all but products and attention; full: all.
-  remat: str = "dots"
+  # What is kept for the backward pass, which computes the rest again: none: keeps all but weights
+  # from other chips; dots: products and attention; qkv: those of the projections, and attention;
+  # attention: its outputs; full: nothing; auto: the first from dots on that fits into memory.
+  remat: str = "auto"
   dtype: str = "auto"  # of activations: float32, bfloat16; auto: float32 on CPU, else bfloat16
 
 
@@ -172,6 +175,8 @@ class Config:
     _fractions(self.loss, "loss", "label_smoothing")
     _check_optim(self.optim, self.train.steps)
     _check_train(self.train)
+    _positive(self.mesh, "mesh", "slices data model")
+    _not_negative(self.mesh, "mesh", "fsdp")
     _one_of("same_row", self.same_row, SAME_ROW)
     self._check_sources()
     streams = self.stream_set(silence_id=0)
@@ -282,7 +287,7 @@ def check_model(m: ModelConfig) -> None:
   _positive(m, "model", "dim layers heads kv_heads head_dim mlp_dim rope_theta norm_eps")
   _not_negative(m, "model", "vocab_size")
   _fractions(m, "model", "attention_dropout")
-  _one_of("model.remat", m.remat, ("none", "dots", "full"))
+  _one_of("model.remat", m.remat, REMAT)
   _one_of("model.dtype", m.dtype, ("auto", "float32", "bfloat16"))
   divides = m.heads % m.kv_heads == 0
   _check(divides, "model.kv_heads", m.kv_heads, f"a divisor of heads ({m.heads})")

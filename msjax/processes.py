@@ -5,9 +5,11 @@ these flags and outside of a cluster that JAX knows, nothing is tried: the proce
 """
 
 import importlib.metadata
+import itertools
 import platform
 import socket
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jaxlib
@@ -21,6 +23,9 @@ from msjax.errors import InputError, RunError
 
 flags.disclaim_key_flags()  # they belong to the command that defines them, and stand in its --help
 
+T = TypeVar("T")
+
+_calls = itertools.count()  # of what all processes do in the same order
 _PORT = 8482  # JAX's own for TPU
 _CLUSTERS = (clusters.SlurmCluster, clusters.GkeTpuCluster, clusters.GceTpuCluster)
 
@@ -203,6 +208,64 @@ def sync(name: str, timeout: float = 600) -> None:
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).splitlines()[0]
     raise RunError(f"{name}: waited {timeout:g} s for the other processes: {reason}") from error
+
+
+def first_does(name: str, act: Callable[[], T], timeout: float = 600) -> T | None:
+  """Lets process 0 do what only one may; all return when it is done, or raise what it raised.
+
+  Args:
+    name: of what is done.
+    act: raises `InputError` or `RunError` where it fails.
+    timeout: seconds to wait for process 0.
+
+  Returns:
+    What `act` returns, None in the other processes.
+
+  Raises:
+    RunError: process 0 was not heard of in time.
+  """
+  client = distributed.global_state.client
+  if client is None:
+    return act()
+  key = f"msjax/{name}/{next(_calls)}"
+  if is_first():
+    try:
+      result = act()
+    except (InputError, RunError) as error:
+      kind = InputError if isinstance(error, InputError) else RunError
+      client.key_value_set(key, f"{kind.__name__} {error}")
+      raise
+    client.key_value_set(key, "done")
+    return result
+  try:
+    outcome, _, reason = client.blocking_key_value_get(key, int(timeout * 1000)).partition(" ")
+  except jax.errors.JaxRuntimeError as error:
+    raise RunError(f"{name}: waited {timeout:g} s for process 0") from error
+  if outcome != "done":
+    raise {"InputError": InputError, "RunError": RunError}[outcome](reason)
+  return None
+
+
+def agree(name: str, value: str) -> None:
+  """Checks that all processes have the same value.
+
+  Raises:
+    InputError: this process has another than process 0.
+  """
+  client = distributed.global_state.client
+  if client is None:
+    return
+  key = f"msjax/{name}/{next(_calls)}"
+  if is_first():
+    client.key_value_set(key, value)
+  theirs = client.blocking_key_value_get(key, 600_000)
+  if theirs != value:
+    at = next((i for i, (a, b) in enumerate(zip(theirs, value)) if a != b), 0)
+    around = slice(max(at - 40, 0), at + 20)
+    raise InputError(
+      f"{name}: process {jax.process_index()} has ...{value[around]}..., process 0 has "
+      f"...{theirs[around]}...; expected the same command on every worker"
+    )
 
 
 def reached_preemption(step: int) -> bool:

@@ -1,4 +1,4 @@
-"""The roll call before JAX joins processes: all are there and run the same, or each is told why not.
+"""The roll call before JAX joins processes: all are there and run the same, or hear why not.
 
 JAX's client aborts a process that has waited in vain, and says neither who is missing nor what to
 do. So every process first calls in at process 0, on the port that JAX will use, and waits for word
@@ -125,10 +125,7 @@ def _gather(
   me: Member, calls: list[_Call], listener: socket.socket, deadline: float
 ) -> InputError | None:
   """Adds to `calls` until all are there, the time is over, or one comes that cannot belong here."""
-  while (left := deadline - time.monotonic()) > 0:
-    calls[:] = [call for call in calls if not call.has_left()]  # it may come again
-    if len(calls) == me.count - 1:
-      break
+  while len(calls) < me.count - 1 and (left := deadline - time.monotonic()) > 0:
     listener.settimeout(left)
     try:
       line, _ = listener.accept()
@@ -137,6 +134,7 @@ def _gather(
     except (OSError, ValueError, TypeError):
       continue  # a stranger, or the time is over
     line.setblocking(False)
+    calls[:] = [call for call in calls if not call.has_left()]  # who died meanwhile may come again
     present = {me.process: me} | {call.member.process: call.member for call in calls}
     calls.append(_Call(member, line))
     if member.count != me.count:

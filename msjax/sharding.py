@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from msjax.config import MeshConfig
+from msjax.config import MeshConfig, ModelConfig, TrainConfig
 from msjax.errors import InputError
 
 # `fsdp` is two axes of the mesh, one for each physical axis of the slice that it lies on: TPUs
@@ -88,6 +88,28 @@ def _laid_out(slices: int, shape: tuple[int, ...], devices: Sequence[jax.Device]
   )
 
 
+def check(model: ModelConfig, train: TrainConfig) -> None:
+  """Checks that a model and a batch can be cut as the mesh in use says.
+
+  Raises:
+    InputError: they cannot; it names the nearest that could.
+  """
+  sequences = train.batch // train.micro_batches
+  for field, value, name, axes in (
+    ("model.kv_heads", model.kv_heads, "heads", "model"),
+    ("model.mlp_dim", model.mlp_dim, "mlp", "model"),
+    ("model.dim", model.dim, "width", "fsdp x model"),
+    ("train.batch / train.micro_batches", sequences, "batch", "slices x data x fsdp"),
+  ):
+    parts = chips(name)
+    if value % parts:
+      raise InputError(
+        f"config.{field}: {value} cannot be dealt out to {parts} chips (config.mesh: {axes}); "
+        f"{max(round(value / parts), 1) * parts} could, or {value} to "
+        f"{_nearest_divisor(parts, value)} chips"
+      )
+
+
 def _nearest_divisor(wanted: int, n: int) -> int:
   return min((d for d in range(1, n + 1) if n % d == 0), key=lambda d: abs(d - wanted))
 
@@ -97,10 +119,41 @@ def spec(*names: str | None) -> PartitionSpec:
   return PartitionSpec(*(_RULES.get(name) for name in names))
 
 
-def shardings(mesh: Mesh | AbstractMesh, specs: Any) -> Any:
-  """Puts a tree of specs on a mesh."""
-  is_spec = lambda x: isinstance(x, PartitionSpec)
-  return jax.tree.map(lambda s: NamedSharding(mesh, s), specs, is_leaf=is_spec)
+def placed(shapes: Any, specs: Any) -> Any:
+  """Says of a tree of `jax.ShapeDtypeStruct`s how each array lies on the mesh in use."""
+  mesh = jax.sharding.get_mesh()
+  at = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+  return jax.tree.map(at, shapes, specs)
+
+
+def rows_here(count: int) -> list[int]:
+  """Returns which of `count` sequences the devices of this process hold, on the mesh in use."""
+  lies = NamedSharding(jax.sharding.get_mesh(), spec("batch"))
+  held = lies.addressable_devices_indices_map((count,)).values()
+  return sorted({row for (rows,) in held for row in range(count)[rows]})
+
+
+def joined(rows: Any, axis: int, count: int) -> Any:
+  """Makes a batch of what each process has of it.
+
+  Args:
+    rows: tree of arrays whose `axis` has the sequences of `rows_here`.
+    axis: of sequences.
+    count: of sequences in all processes together.
+  """
+  lies = NamedSharding(jax.sharding.get_mesh(), spec(*[None] * axis, "batch"))
+  whole = lambda x: (*x.shape[:axis], count, *x.shape[axis + 1 :])
+  make = lambda x: jax.make_array_from_process_local_data(lies, x, whole(x))
+  return jax.tree.map(make, rows)
+
+
+def described() -> str:
+  """Names the mesh in use, as in `8 TPU v5 lite devices (fsdp 4 x model 2)`."""
+  mesh = jax.sharding.get_mesh()
+  sizes = {"fsdp": chips("embed")} | {a: mesh.shape[a] for a in ("slice", "data", "model")}
+  cut = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+  count, kind = mesh.size, mesh.devices.flat[0].device_kind
+  return f"{count} {kind} device{'s' * (count > 1)}{f' ({cut})' * bool(cut)}"
 
 
 def on_chips(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
@@ -111,11 +164,11 @@ def on_chips(f: Callable, in_specs: Any, out_specs: Any) -> Callable:
   return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
-def made(make: Callable, specs: Any) -> Callable:
-  """Jits what makes arrays, so that each chip makes its own part."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return jax.jit(make)
-  return jax.jit(make, out_shardings=specs)
+def made(make: Callable, specs: Any, **jit: Any) -> jax.stages.Wrapped:
+  """Jits what makes arrays that are cut like `specs`, so that each chip makes its own part."""
+  if not jax.sharding.get_abstract_mesh().empty:
+    jit["out_shardings"] = specs
+  return jax.jit(make, **jit)
 
 
 def chips(name: str) -> int:

@@ -5,9 +5,10 @@ The same command goes on where it was stopped. `--config.FIELD=VALUE` changes a 
 
 import json
 
+import jax
 from absl import flags, logging
 
-from msjax import cli, config_flag
+from msjax import cli, config_flag, processes
 from msjax.config import Config
 from msjax.data import load as data
 from msjax.errors import InputError
@@ -17,6 +18,7 @@ from msjax.training.loop import train
 from msjax.workdir import WorkDir
 
 _CONFIG = config_flag.define()
+processes.define()
 flags.declare_key_flag("config")  # for --help
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "directory of the run; by default the config's, if it has one"
@@ -43,17 +45,25 @@ def main(_) -> None:
     return
   if not config.workdir:
     raise InputError("--workdir: not given, and this config has no default; expected a directory")
+  began = process_began()
+  processes.start()
+  if config.report and jax.process_count() > 1:
+    raise InputError(
+      f"config.report: {config.report!r} is measured by one process, here are "
+      f"{jax.process_count()}; leave it out by --config.report="
+    )
   workdir = WorkDir(config.workdir)
   logging.info("work directory %s", workdir.path)
   if config.baseline:
     _check_baseline(config)
-  trained, baseline = train(config, workdir, process_began()), None
+  trained, baseline = train(config, workdir, began), None
   if config.baseline:
     changes = ", ".join(f"{name}={value}" for name, value in config.baseline.items())
     logging.info("baseline: the same run with %s", changes)
     baseline = train(config.baseline_run(), workdir.baseline)
   if config.report:
     report = reports.REPORTS[config.report]
+    trained, baseline = (run and run.on_one_device() for run in (trained, baseline))
     figures = report.measure(trained, baseline)
     workdir.write_report(figures)
     report.show(trained, figures)

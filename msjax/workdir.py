@@ -38,7 +38,17 @@ _IDENTITY = (
 )
 # Fields that may change without a word: how computation is cut, where things lie (data.json tells
 # whether the data is the same).
-_FREE = ("model.remat", "data.on_bad_record", "data.train", "data.valid", "workdir")
+_FREE = (
+  "model.remat",
+  "mesh.slices",
+  "mesh.data",
+  "mesh.fsdp",
+  "mesh.model",
+  "data.on_bad_record",
+  "data.train",
+  "data.valid",
+  "workdir",
+)
 
 
 class WorkDir:
@@ -100,6 +110,14 @@ class WorkDir:
       file.write(str(os.getpid()))
       file.flush()
       yield
+
+  def check_shared(self) -> None:
+    """Checks that this process sees what process 0 has written here."""
+    if not (self.path / "config.json").exists():
+      raise InputError(
+        f"--workdir {self.path}: not the directory of process 0, which has written a config.json; "
+        "expected one that all hosts share, such as a mounted bucket"
+      )
 
   @property
   def steps_taken(self) -> int:

@@ -21,12 +21,13 @@ from msjax.models.layers import product, rope_angles
 from msjax.sharding import Residual
 from msjax.streams import HOLE, Streams
 
-# What the backward pass finds saved, by the names that the parts of a layer give.
+# What the backward pass finds, by the names that the parts of a layer give to what they make.
 _saved = jax.checkpoint_policies.save_only_these_names
 REMAT = {
   "none": jax.checkpoint_policies.save_anything_except_these_names("weights"),
   "dots": _saved("qkv", "attention", "out", "gate", "up", "down"),
-  "attention": _saved("qkv", "attention"),
+  "qkv": _saved("qkv", "attention"),
+  "attention": _saved("attention"),
   "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -193,7 +194,9 @@ class Transformer(nnx.Module):
       attend_layer = functools.partial(attend, dropout_key=layer_key)
       return (block(x, attend_layer, sharding.CELLS_CUT), key), None
 
-    layer = jax.checkpoint(layer, policy=REMAT[self.cfg.remat], prevent_cse=False)
+    # `auto` is settled before a training step is compiled; elsewhere nothing is differentiated.
+    policy = REMAT[self.cfg.remat if self.cfg.remat != "auto" else "dots"]
+    layer = jax.checkpoint(layer, policy=policy, prevent_cse=False)
     (x, _), _ = jax.lax.scan(layer, (self.embedded(tokens), dropout_key), self.layers)
     return sharding.CELLS_CUT.whole(self.normed(x))
 

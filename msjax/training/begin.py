@@ -3,14 +3,12 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from msjax import sharding
 from msjax.data.pipeline import TrainingBatches
 from msjax.errors import InputError
-from msjax.models import axes
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import Checkpoints, load_params, saved_shapes
 from msjax.training.state import Learner, Params, TrainState
@@ -92,7 +90,9 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
 _REMAT = ("dots", "qkv", "attention", "full")
 
 
-def program(learner: Learner, state: TrainState, batch: dict[str, jax.Array]) -> jax.stages.Compiled:
+def program(
+  learner: Learner, state: TrainState, batch: dict[str, jax.Array]
+) -> jax.stages.Compiled:
   """Compiles a run's step for arrays like these; chooses what is kept where remat is `auto`.
 
   Raises:

@@ -104,10 +104,9 @@ class Checkpoints:
     """Returns the latest state and moves the data iterator to where it was then.
 
     Args:
-      abstract: `jax.ShapeDtypeStruct`s of the state.
+      abstract: `jax.ShapeDtypeStruct`s of the state; each process reads what its devices hold.
       data: a fresh iterator over the same data.
     """
-    abstract = placed(abstract)
     restored = self._checkpointer.load_checkpointables(
       None,
       {
@@ -135,15 +134,24 @@ def load_params(
 
   Args:
     directory: `WORKDIR/checkpoints`.
-    abstract: `jax.ShapeDtypeStruct`s to read into, or None to take shapes as they were saved.
+    abstract: `jax.ShapeDtypeStruct`s to read into, wherever they lie (see `placed`), or None to
+      take shapes as they were saved.
     step: steps taken at the checkpoint, `latest`, or `best` by held-out loss.
   """
   path = (directory / str(chosen(directory, step))).absolute()
   logging.info("reading parameters from %s", path)
   if abstract is None:
-    abstract = ocp.metadata(path, "params").metadata
+    abstract = saved_shapes(directory, step)
   with _told(f"{path}: parameters could not be read"):
     return ocp.load_checkpointables(path, {"params": placed(abstract)})["params"]
+
+
+def saved_shapes(directory: pathlib.Path, step: int | str = "latest") -> Any:
+  """Returns shapes and dtypes of the parameters of a checkpoint; arguments as of `load_params`."""
+  path = (directory / str(chosen(directory, step))).absolute()
+  with _told(f"{path}: parameters could not be read"):
+    saved = ocp.metadata(path, "params").metadata
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), saved)
 
 
 def open_params(directory: pathlib.Path, step: int | str = "latest") -> Params:
@@ -210,15 +218,18 @@ def _best(directory: pathlib.Path) -> int:
   return min(losses, key=losses.get)
 
 
-def default_device() -> jax.sharding.Sharding:
-  """Returns the place of every array that is restored."""
-  return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
 def placed(abstract: Any, place: jax.sharding.Sharding | None = None) -> Any:
-  """Says of `jax.ShapeDtypeStruct`s where each array is to lie; by default where all do."""
-  place = place or default_device()
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), abstract)
+  """Says of `jax.ShapeDtypeStruct`s where each array is to lie.
+
+  Args:
+    abstract: those that say so already stay where they are.
+    place: of the others; by default one device.
+  """
+  place = place or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  at = lambda x: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=getattr(x, "sharding", None) or place
+  )
+  return jax.tree.map(at, abstract)
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:

@@ -31,7 +31,7 @@ class Metrics:
 
   def __init__(
     self,
-    path: pathlib.Path,
+    path: pathlib.Path | None,
     start: int,
     steps: int,
     log_every: int,
@@ -41,25 +41,20 @@ class Metrics:
     """Opens `path` (JSON lines) and TensorBoard events beside it; log lines name these streams.
 
     Lines of later steps than `start`, left by a run that was killed after its last checkpoint, are
-    cut off: those steps are going to be taken again. `peak_flops` is what the devices could do in a
-    second, for `mfu`; None where that is not known.
+    cut off: those steps are going to be taken again. Without a path nothing is written or logged:
+    of many processes one does. `peak_flops` is what the devices could do in a second, for `mfu`;
+    None where that is not known.
     """
-    self.path, self.steps, self.log_every, self.names = path, steps, log_every, names
+    self.steps, self.log_every, self.names = steps, log_every, names
     self.peak_flops = peak_flops
-    before = _truncate(path, start)
-    self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in __exit__
-    board = path.parent / "tensorboard"
-    board.mkdir(exist_ok=True)
-    # The thread of a SummaryWriter would die of a full disk and leave its queue to block.
-    self._board = EventsWriter(str(board / "events"))
-    restart = SessionLog(status=SessionLog.START)  # makes TensorBoard forget later steps
-    self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restart))
+    before = _truncate(path, start) if path else {}
+    self._files = _Files(path, start) if path else None
     self._progress = rich.progress.Progress(
       rich.progress.TextColumn("{task.description}"),
       rich.progress.BarColumn(),
       rich.progress.MofNCompleteColumn(),
       console=rich.console.Console(stderr=True),
-      disable=not sys.stderr.isatty(),
+      disable=not (path and sys.stderr.isatty()),
       transient=True,
     )
     self._log = logging.get_absl_handler().python_handler
@@ -79,9 +74,9 @@ class Metrics:
     """Closes files; a disk that was full before and still is tells nothing new."""
     self._progress.stop()
     self._log.setStream(self._log_stream)
-    for file in (self._file, self._board):
+    if self._files:
       with contextlib.suppress(*(() if kind is None else (OSError,))):
-        file.close()
+        self._files.close()
 
   @property
   def seconds(self) -> float:
@@ -117,24 +112,16 @@ class Metrics:
       }
       if self.peak_flops:
         timing["mfu"] = self._flops / seconds / self.peak_flops
-      self.write("train", step, {**values, **timing})
-      self._say(step, values, timing, now)
+      if self._files:
+        self._files.write("train", step, {**values, **timing})
+        self._say(step, values, timing, now)
       self._begin_interval(step, now)
     return values
 
   def write(self, kind: str, step: int, values: dict[str, float]) -> None:
     """Appends one JSON line and the same to TensorBoard."""
-    known = {n: v if math.isfinite(v) else None for n, v in values.items()}  # JSON has no NaN
-    line = {"format_version": FORMAT_VERSION, "kind": kind, "step": step, **known}
-    try:
-      self._file.write(json.dumps(line) + "\n")
-      self._file.flush()
-      for name, value in values.items():
-        summary = scalar(f"{kind}/{name}", value)
-        self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-      self._board.flush()
-    except OSError as error:
-      raise RunError(f"{self.path.parent}: metrics cannot be written: {error.strerror}") from error
+    if self._files:
+      self._files.write(kind, step, values)
 
   def _begin_interval(self, step: int, now: float) -> None:
     """From one line to the next."""
@@ -154,6 +141,42 @@ class Metrics:
       timing["data_wait_seconds"] * 1e3,
       f"  mfu {timing['mfu']:.1%}" if "mfu" in timing else "",
     )
+
+
+class _Files:
+  """JSON lines and TensorBoard events."""
+
+  def __init__(self, path: pathlib.Path, start: int):
+    """Opens them where a run goes on after step `start`."""
+    self.path = path
+    self._lines = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in close
+    board = path.parent / "tensorboard"
+    board.mkdir(exist_ok=True)
+    # The thread of a SummaryWriter would die of a full disk and leave its queue to block.
+    self._board = EventsWriter(str(board / "events"))
+    restart = SessionLog(status=SessionLog.START)  # makes TensorBoard forget later steps
+    self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restart))
+
+  def write(self, kind: str, step: int, values: dict[str, float]) -> None:
+    """Appends one line and the same events."""
+    known = {n: v if math.isfinite(v) else None for n, v in values.items()}  # JSON has no NaN
+    line = {"format_version": FORMAT_VERSION, "kind": kind, "step": step, **known}
+    try:
+      self._lines.write(json.dumps(line) + "\n")
+      self._lines.flush()
+      for name, value in values.items():
+        summary = scalar(f"{kind}/{name}", value)
+        self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+      self._board.flush()
+    except OSError as error:
+      raise RunError(f"{self.path.parent}: metrics cannot be written: {error.strerror}") from error
+
+  def close(self) -> None:
+    """Closes both, the second too if the first cannot be."""
+    try:
+      self._lines.close()
+    finally:
+      self._board.close()
 
 
 def _truncate(path: pathlib.Path, step: int) -> dict[str, Any]:

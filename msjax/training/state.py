@@ -66,6 +66,35 @@ class Learner:
     params = nnx.to_pure_dict(nnx.state(self._build(key), nnx.Param))
     return TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
 
+  def abstract(self) -> TrainState:
+    """Returns shapes, dtypes and places of a state on the mesh in use."""
+    return sharding.placed(jax.eval_shape(self.init, jax.random.key(0)), self._specs)
+
+  def begun(self) -> TrainState:
+    """Returns the state at step 0 with fresh parameters, every chip its part."""
+    make = sharding.made(self.init, self._specs)
+    return make(jax.random.key(self.config.train.seed))
+
+  def begun_with(self, params: Params) -> TrainState:
+    """Returns the state at step 0 with these parameters, which are not to be used any more."""
+    make = lambda params: TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
+    return sharding.made(make, self._specs)(params)
+
+  def fresh_stream_embed(self) -> jax.Array:
+    """Returns what `begun` draws for the streams."""
+    fresh = lambda key: self.init(key).params["stream_embed"]
+    return sharding.made(fresh, sharding.spec())(jax.random.key(self.config.train.seed))
+
+  def jitted_step(self) -> jax.stages.Wrapped:
+    """Returns `step`, to be compiled for the mesh in use; it takes the state's place in memory."""
+    out = (self._specs, sharding.spec())
+    return sharding.made(self.step, out, donate_argnums=0)
+
+  @functools.cached_property
+  def _specs(self) -> TrainState:
+    """How a state is cut."""
+    return axes.specs(jax.eval_shape(self.init, jax.random.key(0)))
+
   def model(self, params: Params) -> Transformer:
     """Returns the model with these parameters."""
     return nnx.merge(self.graphdef, params)
