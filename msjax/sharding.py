@@ -68,6 +68,17 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   return Mesh(laid_out, _MESH_AXES, axis_types=(AxisType.Auto,) * len(_MESH_AXES))
 
 
+def decode_mesh(model: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Lays devices out for decoding: `model` of them share a model, the rest serve other sessions.
+
+  Args:
+    model: a divisor of the number of devices.
+    devices: all that there are by default.
+  """
+  devices = jax.devices() if devices is None else devices
+  return make_mesh(MeshConfig(data=max(len(devices) // model, 1), fsdp=1, model=model), devices)
+
+
 def _physical(fsdp: int, devices: Sequence[jax.Device]) -> tuple[int, int]:
   """Cuts `fsdp` in two: the longest side of the slice that goes into it, and what is left."""
   places = [device.coords for device in devices if hasattr(device, "coords")]
@@ -94,13 +105,33 @@ def check(model: ModelConfig, train: TrainConfig) -> None:
   Raises:
     InputError: they cannot; it names the nearest that could.
   """
-  sequences = train.batch // train.micro_batches
-  for field, value, name, axes in (
+  _check_dealt_out(
+    *_of_model(model),
+    ("model.dim", model.dim, "width", "fsdp x model"),
+    (
+      "train.batch / train.micro_batches",
+      train.batch // train.micro_batches,
+      "batch",
+      "slices x data x fsdp",
+    ),
+  )
+
+
+def check_sessions(model: ModelConfig, sessions: int) -> None:
+  """Checks that a model and so many sessions can be cut as the mesh in use says; see `check`."""
+  _check_dealt_out(*_of_model(model), ("sessions", sessions, "batch", "data"))
+
+
+def _of_model(model):
+  return (
     ("model.kv_heads", model.kv_heads, "heads", "model"),
     ("model.mlp_dim", model.mlp_dim, "mlp", "model"),
-    ("model.dim", model.dim, "width", "fsdp x model"),
-    ("train.batch / train.micro_batches", sequences, "batch", "slices x data x fsdp"),
-  ):
+  )
+
+
+def _check_dealt_out(*cut: tuple[str, int, str, str]) -> None:
+  """Checks values by field; `cut` also has what cuts them: the logical name and the config's."""
+  for field, value, name, axes in cut:
     parts = chips(name)
     if value % parts:
       raise InputError(
@@ -147,13 +178,24 @@ def joined(rows: Any, axis: int, count: int) -> Any:
   return jax.tree.map(make, rows)
 
 
+def sizes() -> dict[str, int]:
+  """Returns the axes of the mesh in use that are longer than 1, as the config calls them."""
+  shape = jax.sharding.get_mesh().shape
+  all_sizes = {
+    "slices": shape["slice"],
+    "data": shape["data"],
+    "fsdp": chips("embed"),
+    "model": shape["model"],
+  }
+  return {name: size for name, size in all_sizes.items() if size > 1}
+
+
 def described() -> str:
   """Names the mesh in use, as in `8 TPU v5 lite devices (fsdp 4 x model 2)`."""
-  mesh = jax.sharding.get_mesh()
-  sizes = {"fsdp": chips("embed")} | {a: mesh.shape[a] for a in ("slice", "data", "model")}
-  cut = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-  count, kind = mesh.size, mesh.devices.flat[0].device_kind
-  return f"{count} {kind} device{'s' * (count > 1)}{f' ({cut})' * bool(cut)}"
+  devices = jax.sharding.get_mesh().devices
+  cut = " x ".join(f"{name} {size}" for name, size in sizes().items())
+  of_kind = f"{devices.size} {devices.flat[0].device_kind} device{'s' * (devices.size > 1)}"
+  return f"{of_kind} ({cut})" if cut else of_kind
 
 
 def on_chips(f: Callable, in_specs: Any, out_specs: Any) -> Callable:

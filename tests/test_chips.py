@@ -45,6 +45,6 @@ def test_other_devices_are_not_known(kind):
 @pytest.mark.tpu_compiler
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def test_devices_go_by_the_names_that_jax_has_for_them(topology):
-  device = static._devices(topology)[0]
+  device = static.devices_of(topology)[0]
   assert chip_of_device(device.device_kind) is chip_of(topology)
   assert device.num_cores == chip_of(topology).cores

@@ -72,6 +72,13 @@ def check(config: Config) -> None:
     _arithmetic(config)
 
 
+def vocab_size(config: Config) -> int:
+  """Returns how many rows the embedding of a run has, without its data where the config says it."""
+  if config.data.source == "arithmetic":
+    return synthetic.tokenizer().vocab_size
+  return config.model.vocab_size or _tokenizer(config, None).vocab_size
+
+
 def _arithmetic(config: Config) -> tuple[Tokenizer, Streams, list[Source]]:
   d, seed, tokenizer = config.data, config.train.seed, synthetic.tokenizer()
   streams = config.stream_set(tokenizer.silence_id)

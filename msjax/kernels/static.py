@@ -79,7 +79,7 @@ def compile_for(
 
 
 def _lower_for(fn: Callable, args: Sequence[Any], topology: str, **jit: Any) -> jax.stages.Lowered:
-  device = Mesh(np.array(_devices(topology)[:1]), ("device",))
+  device = Mesh(np.array(devices_of(topology)[:1]), ("device",))
   sharding = NamedSharding(device, PartitionSpec())
   place = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
   return jax.jit(fn, **jit).lower(*jax.tree.map(place, tuple(args)))
@@ -132,7 +132,16 @@ def _bytes(text: str) -> int:
   return round(float(text.rstrip("KMGT")) * 1024 ** " KMGT".index(text[-1]))
 
 
-def _devices(topology: str) -> Sequence[jax.Device]:
+def devices_of(topology: str, slices: int = 1) -> Sequence[jax.Device]:
+  """Returns the devices of slices that need not be there, to compile for.
+
+  Args:
+    topology: of a slice, such as `v5e:2x2`.
+    slices: of this topology.
+
+  Raises:
+    InputError: libtpu is not installed, or knows no such topology.
+  """
   chip = chip_of(topology)
   if libtpu_version() is None:
     raise InputError(
@@ -140,7 +149,8 @@ def _devices(topology: str) -> Sequence[jax.Device]:
     )
   os.environ.update(_WITHOUT_A_TPU)
   try:
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    many = {"num_slices": slices} if slices > 1 else {}
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology, **many).devices
   except Exception as error:  # of many kinds
     raise InputError(f"topology {topology!r}: {error}; {chip.name}:2x2 would do") from None
 

@@ -1,6 +1,7 @@
 """How a run begins: its first state, wherever that comes from, and the program of its step."""
 
-import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ from absl import logging
 from msjax import sharding
 from msjax.data.pipeline import TrainingBatches
 from msjax.errors import InputError
+from msjax.kernels.static import hbm_overrun
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import Checkpoints, load_params, saved_shapes
 from msjax.training.state import Learner, Params, TrainState
@@ -85,34 +87,70 @@ def _shapes(tree) -> dict[str, tuple[int, ...]]:
   return {name: shape for name, shape in shapes.items() if "stream_embed" not in name}
 
 
-# From the most that is kept for the backward pass to the least, as far as it pays: what is worked
-# out again for "dots" costs less than reading it back.
+# From the most that is kept for the backward pass to the least, from where it pays on: to keep all
+# that is worked out, as "none" does, costs more time than to work some of it out again.
 _REMAT = ("dots", "qkv", "attention", "full")
 
 
+class DoesNotFit(InputError):
+  """A step needs more memory than a chip has.
+
+  Attributes:
+    needed: bytes a chip, None where the compiler does not say.
+    capacity: bytes a chip that programs can have, alike.
+  """
+
+  def __init__(self, remat: str, error: jax.errors.JaxRuntimeError):
+    """Takes what the compiler raised, with the least kept that `remat` allows."""
+    self.needed, self.capacity = hbm_overrun(error) or (None, None)
+    how_much = (
+      f"{self.needed / 2**30:.2f} of {self.capacity / 2**30:.2f} GiB" if self.needed else ""
+    )
+    super().__init__(
+      f"config.model.remat: with {remat!r} a step needs more memory than a chip has "
+      f"({how_much or str(error).splitlines()[0][:200]}); expected a step that fits: more chips, "
+      "config.train.micro_batches, shorter config.data.rows, or remat=full"
+    )
+
+
+class Program(NamedTuple):
+  """The compiled step of a run.
+
+  Attributes:
+    remat: what it keeps; never `auto`.
+    step: what `compile` of `program` returned.
+  """
+
+  remat: str
+  step: Any
+
+
 def program(
-  learner: Learner, state: TrainState, batch: dict[str, jax.Array]
-) -> jax.stages.Compiled:
+  learner: Learner,
+  state: TrainState,
+  batch: dict[str, jax.Array],
+  compile: Callable[[jax.stages.Lowered], Any] = jax.stages.Lowered.compile,
+) -> Program:
   """Compiles a run's step for arrays like these; chooses what is kept where remat is `auto`.
 
+  Args:
+    learner: of the run.
+    state: or its shapes, on the mesh in use.
+    batch: alike.
+    compile: compiles.
+
   Raises:
-    InputError: not even the least that can be kept fits into memory.
+    DoesNotFit: not even with the least kept.
   """
   remat = learner.config.model.remat
   for choice in _REMAT if remat == "auto" else (remat,):
-    model = dataclasses.replace(learner.config.model, remat=choice)
-    chosen = dataclasses.replace(learner, config=dataclasses.replace(learner.config, model=model))
+    keeping = learner.keeping(choice)
     try:
-      compiled = chosen.jitted_step().lower(state, batch).compile()
+      step = compile(keeping.jitted_step().lower(state, batch))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       lacking = error
       continue
-    if remat == "auto":
-      logging.info("config.model.remat: auto is %r", choice)
-    return compiled
-  raise InputError(
-    f"config.model.remat: {remat!r} does not fit into the memory of a chip "
-    f"({str(lacking).splitlines()[0][:200]}); {sharding.advice()}"
-  )
+    return Program(choice, step)
+  raise DoesNotFit(choice, lacking)

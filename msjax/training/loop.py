@@ -150,7 +150,8 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float) -> Traine
         batch = sharding.joined(ours, 1, sequences)
         if take_step is None:
           with goodput.span("compile"), watchdog.paused():
-            take_step = program(learner, state, batch)
+            remat, take_step = program(learner, state, batch)
+          logging.info("kept for the backward pass: %s", remat)
         state, scalars = take_step(state, batch)
         # What this process holds stands for all.
         flops = training_flops(config.model, learner.vocab_size, work) * sequences / len(here)

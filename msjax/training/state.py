@@ -50,7 +50,7 @@ class Learner:
   @functools.cached_property
   def graphdef(self) -> nnx.GraphDef:
     """The model without its arrays: `nnx.merge(graphdef, params)` is the model."""
-    return nnx.graphdef(jax.eval_shape(self._build, jax.random.key(0)))
+    return nnx.graphdef(jax.eval_shape(lambda: self._build(jax.random.key(0))))
 
   @functools.cached_property
   def tx(self) -> optax.GradientTransformation:
@@ -68,7 +68,7 @@ class Learner:
 
   def abstract(self) -> TrainState:
     """Returns shapes, dtypes and places of a state on the mesh in use."""
-    return sharding.placed(jax.eval_shape(self.init, jax.random.key(0)), self._specs)
+    return sharding.placed(self._shapes, self._specs)
 
   def begun(self) -> TrainState:
     """Returns the state at step 0 with fresh parameters, every chip its part."""
@@ -85,6 +85,11 @@ class Learner:
     fresh = lambda key: self.init(key).params["stream_embed"]
     return sharding.made(fresh, sharding.spec())(jax.random.key(self.config.train.seed))
 
+  def keeping(self, remat: str) -> "Learner":
+    """Returns the same run with another choice of what is kept for the backward pass."""
+    model = dataclasses.replace(self.config.model, remat=remat)
+    return dataclasses.replace(self, config=dataclasses.replace(self.config, model=model))
+
   def jitted_step(self) -> jax.stages.Wrapped:
     """Returns `step`, to be compiled for the mesh in use; it takes the state's place in memory."""
     out = (self._specs, sharding.spec())
@@ -93,7 +98,11 @@ class Learner:
   @functools.cached_property
   def _specs(self) -> TrainState:
     """How a state is cut."""
-    return axes.specs(jax.eval_shape(self.init, jax.random.key(0)))
+    return axes.specs(self._shapes)
+
+  @functools.cached_property
+  def _shapes(self) -> TrainState:
+    return jax.eval_shape(lambda: self.init(jax.random.key(0)))
 
   def model(self, params: Params) -> Transformer:
     """Returns the model with these parameters."""

@@ -1,0 +1,235 @@
+"""What train and decode would compile, for TPUs that are not there, and what it says of itself."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from msjax import sharding
+from msjax.config import Config
+from msjax.decoding import generate
+from msjax.decoding.prepared import prepare
+from msjax.kernels.chips import chip_of
+from msjax.kernels.collectives import Collective
+from msjax.kernels.hlo import parse_module
+from msjax.kernels.static import compile_with_text, devices_of, hbm_overrun
+from msjax.models import axes
+from msjax.training.begin import DoesNotFit, program
+from msjax.training.state import Learner
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What a program needs and does, per chip.
+
+  Attributes:
+    program: `train` or `decode`.
+    topology: such as `v5e:8x8`.
+    chips: of all slices.
+    mesh: sizes of its axes that are more than 1.
+    batch: sequences of a step (of a micro-batch), or sessions.
+    tokens: of a step, or of a row of all sessions.
+    remat: what is kept for the backward pass; empty for decode.
+    fits: whether a chip's memory is enough.
+    short_by: bytes a chip lacks, 0 if it fits.
+    capacity: bytes that programs can have.
+    hbm_per_chip_bytes: `arguments` (what lives on: state or model and cache) and `temporaries`;
+      empty where the compiler gave up before it knew.
+    hbm_bytes: moved to and from memory in a step.
+    hbm_bytes_min: the least for decode: weights and cache read once; None for train.
+    xla_ms: what XLA estimates for its own operations, without collectives and Pallas kernels.
+    kernels: names of the Pallas kernels in use.
+    collectives: see `Collective`.
+    compile_seconds: of the compiler.
+  """
+
+  program: str
+  topology: str
+  chips: int
+  mesh: Mapping[str, int]
+  batch: int
+  tokens: int
+  remat: str
+  fits: bool
+  short_by: int
+  capacity: int
+  hbm_per_chip_bytes: Mapping[str, int]
+  hbm_bytes: int | None = None
+  hbm_bytes_min: int | None = None
+  xla_ms: float | None = None
+  kernels: tuple[str, ...] = ()
+  collectives: tuple[Collective, ...] = ()
+  compile_seconds: float = 0.0
+
+  def to_json(self) -> dict[str, Any]:
+    """Returns what `--json` prints."""
+    return {
+      **dataclasses.asdict(self),
+      "kernels": sorted(set(self.kernels)),
+      "collectives": [dataclasses.asdict(c) for c in self.collectives],
+    }
+
+
+def train_report(config: Config, vocab_size: int, topology: str) -> Report:
+  """Compiles the very step that `msjax.train` would run on a topology.
+
+  Args:
+    config: valid; `mesh.slices` of such slices.
+    vocab_size: rows of the embedding.
+    topology: of a slice.
+
+  Raises:
+    InputError: the topology, or what the mesh is to cut, is wrong; libtpu is missing.
+  """
+  t = config.train
+  learner = Learner(config, config.stream_set(silence_id=0), vocab_size)
+  sequences = t.batch // t.micro_batches
+  with jax.set_mesh(sharding.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
+    sharding.check(config.model, t)
+    state = learner.abstract()
+    grid = (t.micro_batches, sequences, config.data.rows)
+    cells = (*grid, len(learner.streams))
+    shapes = {"tokens": (cells, jnp.int32), "weights": (cells, jnp.float32)}
+    shapes = {**shapes, "segments": (grid, jnp.int32)}
+    batch = {
+      name: sharding.placed(jax.ShapeDtypeStruct(*of), sharding.spec(None, "batch"))
+      for name, of in shapes.items()
+    }
+    facts = _facts("train", topology, sequences, math.prod(cells))
+    began = time.perf_counter()
+    try:
+      remat, compiled = program(learner, state, batch, compile_with_text)
+    except DoesNotFit as error:
+      return _too_large(facts, error.needed, state)
+    return _report(facts, compiled, time.perf_counter() - began, remat=remat)
+
+
+def decode_report(
+  config: Config, vocab_size: int, topology: str, sessions: int, rows: int
+) -> Report:
+  """Compiles the tick that decoding would run on a topology, with caches for so many rows.
+
+  `mesh.model` chips share a model, the others serve other sessions. Arguments and errors as of
+  `train_report`.
+  """
+  learner = Learner(config, config.stream_set(silence_id=0), vocab_size)
+  shape = jax.ShapeDtypeStruct
+  with jax.set_mesh(sharding.decode_mesh(config.mesh.model, devices_of(topology, 1))):
+    sharding.check_sessions(config.model, sessions)
+    begun = lambda: learner.init(jax.random.key(0)).params
+    model = jax.eval_shape(lambda: prepare(learner.model(begun())))
+    model = sharding.placed(model, axes.specs(model))
+    cache = jax.eval_shape(lambda: model.room(sessions, rows))
+    cache = sharding.placed(cache, model.cache_specs(cache))
+    everywhere, S = sharding.spec(), len(learner.streams)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = (
+      *(model, cache, sharding.placed(shape((sessions, S), jnp.int32), sharding.spec("batch"))),
+      sharding.placed(shape((), jnp.float32), everywhere),
+      sharding.placed(shape(key.shape, key.dtype), everywhere),
+    )
+    facts = _facts("decode", topology, sessions, sessions * S)
+    began = time.perf_counter()
+    try:
+      compiled = compile_with_text(generate.tick.lower(*arguments))
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return _too_large(facts, (hbm_overrun(error) or (None,))[0], (model, cache))
+    read_once = _bytes_here((model.layers, model.columns, cache.k, cache.v))
+    return _report(facts, compiled, time.perf_counter() - began, hbm_bytes_min=read_once)
+
+
+def largest_batch(config: Config, vocab_size: int, topology: str) -> Report:
+  """Returns the report of the largest micro-batch that fits, in whole sequences for every chip.
+
+  Two small ones tell what a sequence more needs; what that promises is then compiled, and corrected
+  until the next larger one does not fit.
+
+  Raises:
+    InputError: see `train_report`.
+  """
+  with jax.set_mesh(sharding.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
+    step = sharding.chips("batch")
+  known: dict[int, Report] = {}
+
+  def report(each: int) -> Report:
+    if each not in known:
+      changes = {"train.batch": each * step, "train.micro_batches": 1}
+      known[each] = train_report(config.changed(changes), vocab_size, topology)
+    return known[each]
+
+  one, two = report(1), report(2)
+  if not two.fits:
+    return one
+  total = lambda r: sum(r.hbm_per_chip_bytes.values())
+  each_more = max(total(two) - total(one), 1)
+  each = max(2, 1 + (one.capacity - total(one)) // each_more)
+  while not report(each).fits:
+    each -= 1
+  while report(each + 1).fits:
+    each += 1
+  return report(each)
+
+
+def _facts(name: str, topology: str, batch: int, tokens: int) -> dict[str, Any]:
+  """What is known of a program before it is compiled, on the mesh in use."""
+  mesh = jax.sharding.get_mesh()
+  return {
+    "program": name,
+    "topology": topology,
+    "chips": mesh.size,
+    "mesh": sharding.sizes(),
+    "batch": batch,
+    "tokens": tokens,
+    "capacity": chip_of(topology).hbm_bytes,
+  }
+
+
+def _too_large(facts: dict[str, Any], needed: int | None, arguments: Any) -> Report:
+  kept = _bytes_here(arguments)
+  needed = needed or facts["capacity"]
+  return Report(
+    **facts,
+    remat="full" if facts["program"] == "train" else "",
+    fits=False,
+    short_by=max(needed - facts["capacity"], 1),
+    hbm_per_chip_bytes={"arguments": kept, "temporaries": max(needed - kept, 0)},
+  )
+
+
+def _report(facts, compiled_with_text, seconds, remat="", hbm_bytes_min=None) -> Report:
+  compiled, text = compiled_with_text
+  memory, module = compiled.memory_analysis(), parse_module(text)
+  needed = {
+    "arguments": memory.argument_size_in_bytes,
+    "temporaries": memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes,
+  }
+  over = sum(needed.values()) - facts["capacity"]
+  return Report(
+    **facts,
+    remat=remat,
+    fits=over <= 0,
+    short_by=max(over, 0),
+    hbm_per_chip_bytes=needed,
+    hbm_bytes=module.hbm_bytes,
+    hbm_bytes_min=hbm_bytes_min,
+    xla_ms=module.xla_cycles / chip_of(facts["topology"]).hertz * 1e3,
+    kernels=module.kernels,
+    collectives=module.collectives,
+    compile_seconds=seconds,
+  )
+
+
+def _bytes_here(tree: Any) -> int:
+  """Bytes that a chip holds of placed arrays."""
+  of = lambda x: math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+  return sum(map(of, jax.tree.leaves(tree)))

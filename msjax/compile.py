@@ -1,0 +1,128 @@
+"""Tells before a pod is rented whether a run fits: `python -m msjax.compile --config=FILE
+--topology=v5e:8x8`.
+
+Compiles the step that training or decoding would run, for TPUs that are not there, and prints what
+a chip holds, moves and exchanges. `pip install -e '.[tpu-compiler]'` brings the compiler.
+"""
+
+import json
+
+import jax
+import rich.box
+from absl import flags, logging
+from rich.console import Console
+from rich.table import Table
+
+from msjax import aot, cli, config_flag
+from msjax.data import load as data
+from msjax.errors import InputError
+
+_CONFIG = config_flag.define()
+flags.declare_key_flag("config")  # for --help
+_TOPOLOGY = flags.DEFINE_string("topology", None, "of a slice: v5e:8x8, v6e:4x4, v5p:2x2x2")
+_SLICES = flags.DEFINE_integer("num_slices", None, "by default config.mesh.slices", 1)
+_PROGRAM = flags.DEFINE_enum("program", "train", ["train", "decode"], "what to compile")
+_SESSIONS = flags.DEFINE_integer("sessions", 1, "decode: sessions together", 1)
+_ROWS = flags.DEFINE_integer("rows", None, "decode: of a cache; by default config.data.rows", 1)
+_SEARCH = flags.DEFINE_enum("search", None, ["batch"], "train: the largest batch that fits")
+_JSON = flags.DEFINE_bool("json", False, "print a JSON object instead of tables")
+_MIB, _GIB = 2**20, 2**30
+
+
+def main(_) -> int:
+  """Compiles, prints, and returns 0 if the program fits."""
+  config = config_flag.resolve(_CONFIG)
+  if not _TOPOLOGY.value:
+    raise InputError("--topology: not given; expected a slice, as in v5e:8x8")
+  config.mesh.slices = _SLICES.value or config.mesh.slices
+  jax.config.update("jax_platforms", "cpu")  # the machine's own devices stay out of it
+  vocab_size = data.vocab_size(config)
+  if _PROGRAM.value == "decode":
+    rows = _ROWS.value or config.data.rows
+    report = aot.decode_report(config, vocab_size, _TOPOLOGY.value, _SESSIONS.value, rows)
+  elif _SEARCH.value:
+    report = aot.largest_batch(config, vocab_size, _TOPOLOGY.value)
+  else:
+    report = aot.train_report(config, vocab_size, _TOPOLOGY.value)
+  if _JSON.value:
+    print(json.dumps(report.to_json()))
+  else:
+    _show(report)
+  return 0 if report.fits else 1
+
+
+def _show(report: aot.Report) -> None:
+  """Prints a report for people."""
+  console = Console(width=100, highlight=False)
+  cut = " x ".join(f"{name} {size}" for name, size in report.mesh.items())
+  unit = "sessions" if report.program == "decode" else "sequences"
+  console.print(
+    f"{report.program} on {report.chips} chips of {report.topology} ({cut or 'one chip'}): "
+    f"{report.batch} {unit}, {report.tokens:,} tokens a step"
+  )
+  console.print()
+  memory = report.hbm_per_chip_bytes
+  facts = {
+    "memory a chip": f"{sum(memory.values()) / _GIB:.2f} GiB of {report.capacity / _GIB:.2f}: "
+    f"arguments {memory['arguments'] / _GIB:.2f}, temporaries {memory['temporaries'] / _GIB:.3f}",
+    "fits": "yes"
+    if report.fits
+    else f"no, {report.short_by / _GIB:.2f} GiB too much: {_advice(report)}",
+  }
+  if report.remat:
+    facts["kept for the backward pass"] = report.remat
+  if report.xla_ms is not None:
+    facts["XLA's operations"] = f"{report.xla_ms:,.1f} ms, without collectives and kernels"
+    facts["memory traffic"] = _traffic(report)
+    facts["Pallas kernels"] = ", ".join(sorted({_plain(k) for k in report.kernels})) or "none"
+  facts["compiled in"] = f"{report.compile_seconds:.0f} s"
+  table = Table(box=None, show_header=False, pad_edge=False)
+  for name, fact in facts.items():
+    table.add_row(name, fact)
+  console.print(table)
+  if report.collectives:
+    console.print()
+    console.print(_collectives(report))
+
+
+def _traffic(report: aot.Report) -> str:
+  least = report.hbm_bytes_min
+  ratio = f", {report.hbm_bytes / least:.3f} of the least (weights and cache once)" if least else ""
+  return f"{report.hbm_bytes / 1e9:,.2f} GB{ratio}"
+
+
+def _collectives(report: aot.Report) -> Table:
+  """Those of a step, largest first; small ones are added up."""
+  table = Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
+  for title in ("collective", "chips", "where", "times"):
+    table.add_column(title, justify="right" if title in ("chips", "times") else "left")
+  for title in ("MiB each", "GiB a step"):
+    table.add_column(title, justify="right")
+  for c in sorted(report.collectives, key=lambda c: -c.bytes * c.count):
+    where = f"{'in' if c.in_loop else 'outside'} a loop{', meanwhile' if c.asynchronous else ''}"
+    total = c.bytes * c.count / _GIB
+    if total >= 0.005:
+      table.add_row(
+        *(c.kind, str(c.group), where, f"{c.count:,}"), f"{c.bytes / _MIB:.1f}", f"{total:.2f}"
+      )
+  return table
+
+
+def _advice(report: aot.Report) -> str:
+  """What to change where a program does not fit."""
+  if report.program == "decode":
+    return "fewer --sessions or --rows, or more chips to a model by --config.mesh.model"
+  ways = ["more chips"]
+  if report.batch > report.chips:
+    ways.append("a larger --config.train.micro_batches")
+  return ", ".join([*ways, "or shorter --config.data.rows"])
+
+
+def _plain(kernel: str) -> str:
+  """The name of a kernel without the number of its call."""
+  return kernel.rpartition(".")[0] or kernel
+
+
+if __name__ == "__main__":
+  logging.set_verbosity(logging.WARNING)
+  cli.run(main, check=config_flag.check)
