@@ -207,6 +207,7 @@ def test_a_libtpu_that_tells_nothing(monkeypatch):
       "memory in memory space hbm. Used 31.50G of 31.24G hbm. Exceeded hbm capacity by 266.24M.",
       (31.5 * 2**30, round(31.24 * 2**30)),
     ),
+    ("Used 1.50M of 512.00K hbm. Exceeded ...", (1.5 * 2**20, 2**19)),
     ("Ran out of memory in memory space vmem. Used 20.00M of 16.00M vmem. Exceeded ...", None),
     ("INVALID_ARGUMENT: no", None),
   ],

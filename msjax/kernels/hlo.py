@@ -76,7 +76,7 @@ class Module:
 
 
 def parse_module(text: str) -> Module:
-  """Reads the text of an optimized TPU module, as `static.compile_and_read` gives it."""
+  """Reads the text of an optimized TPU module, as `static.compile_with_text` gives it."""
   parsed = parse_text(text)
   return _cost_of_computation(parsed, parsed.computations[parsed.entry], asynchronous=False)
 
