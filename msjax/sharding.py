@@ -158,8 +158,11 @@ def placed(shapes: Any, specs: Any) -> Any:
 
 
 def rows_here(count: int) -> list[int]:
-  """Returns which of `count` sequences the devices of this process hold, on the mesh in use."""
-  lies = NamedSharding(jax.sharding.get_mesh(), spec("batch"))
+  """Returns which of `count` sequences the devices of this process hold; all without a mesh."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return list(range(count))
+  lies = NamedSharding(mesh, spec("batch"))
   held = lies.addressable_devices_indices_map((count,)).values()
   return sorted({row for (rows,) in held for row in range(count)[rows]})
 
@@ -172,7 +175,10 @@ def joined(rows: Any, axis: int, count: int) -> Any:
     axis: of sequences.
     count: of sequences in all processes together.
   """
-  lies = NamedSharding(jax.sharding.get_mesh(), spec(*[None] * axis, "batch"))
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return rows
+  lies = NamedSharding(mesh, spec(*[None] * axis, "batch"))
   whole = lambda x: (*x.shape[:axis], count, *x.shape[axis + 1 :])
   make = lambda x: jax.make_array_from_process_local_data(lies, x, whole(x))
   return jax.tree.map(make, rows)

@@ -41,7 +41,7 @@ def test_every_field_has_a_default_and_the_trees_are_not_shared():
     ("model.kv_heads", 3, r"a divisor of heads \(2\)"),
     ("model.head_dim", 7, "even, for RoPE"),
     ("model.attention_dropout", 1.0, "at least 0 and below 1"),
-    ("model.remat", "some", "one of none, dots, full"),
+    ("model.remat", "some", "one of auto, none, dots, qkv, attention, full"),
     ("model.dtype", "float16", "one of auto, float32, bfloat16; did you mean 'bfloat16'"),
     ("data.rows", 0, "a positive number"),
     ("data.rows_per_second", 0.0, "a positive number"),

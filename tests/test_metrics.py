@@ -221,6 +221,6 @@ def test_no_progress_bar_where_there_is_no_terminal(path, capfd):
 
 def test_a_full_disk_is_one_error_and_hides_no_other(path):
   metrics = Metrics(path, 0, 3, 1, NAMES)
-  metrics._file = open("/dev/full", "w")  # noqa: SIM115 - closed by the block below
+  metrics._files._lines = open("/dev/full", "w")  # noqa: SIM115 - closed by the block below
   with pytest.raises(RunError, match=r"metrics cannot be written: No space left"), metrics:
     metrics.step(1, SCALARS)

@@ -158,16 +158,13 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float) -> Traine
         trace.end(step, scalars)
         finish(running)
         running = _Running(step, scalars, records, flops)
-        stopping = stop_after(step)  # asked once: who is told that the run is saved, has it saved
         save_now = step == t.steps or step % t.save_every == 0
         evaluate_now = data.valid is not None and (
           step == t.steps or bool(t.eval_every and step % t.eval_every == 0)
         )
-        if not (save_now or evaluate_now or stopping):
-          continue
-        running = finish(running)  # only a state whose own step was finite is evaluated or saved
-        valid_loss = None
+        valid_loss, is_best = None, False
         if evaluate_now:
+          running = finish(running)  # only a state whose own step was finite is evaluated or saved
           with goodput.span("evaluation"), watchdog.paused():
             scores = evaluate(learner, state.params, data.valid)
           metrics.write("valid", step, scores)
@@ -179,9 +176,11 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float) -> Traine
               f"last good checkpoint: {checkpoints.latest_path()}"
             )
           logging.info("step %d  held-out loss %.4f", step, valid_loss)
-        is_best = valid_loss is not None and valid_loss < best
-        best = valid_loss if is_best else best
+          is_best = valid_loss < best
+          best = min(valid_loss, best)
+        stopping = stop_after(step)  # asked once: who is told that the run is saved, has it saved
         if save_now or is_best or stopping:
+          running = finish(running)
           with goodput.span("saves"), watchdog.paused():
             checkpoints.save(step, state, batches, valid_loss)
           goodput.saved(step)
