@@ -274,6 +274,6 @@ def reached_preemption(step: int) -> bool:
   All processes ask at every step; they are told to stop at the same one. A process that is alone is
   never told, nor any if JAX's preemption service is off.
   """
-  if not (jax.distributed.is_initialized() and jax.config.jax_enable_preemption_service):
+  if not jax.config.jax_enable_preemption_service:
     return False
   return multihost_utils.reached_preemption_sync_point(step)

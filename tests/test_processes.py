@@ -57,9 +57,11 @@ def command(port, process, count=2, then="", timeout=DEADLINE, **environment):
   ) as running:
     watchdog = threading.Timer(DEADLINE, running.kill)
     watchdog.start()
-    yield running, map(str.rstrip, running.stdout)
-    running.kill()
-    watchdog.cancel()
+    try:
+      yield running, map(str.rstrip, running.stdout)
+    finally:
+      running.kill()
+      watchdog.cancel()
 
 
 def ended(running, lines):
