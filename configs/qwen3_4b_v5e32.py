@@ -1,0 +1,43 @@
+"""Qwen3-4B with the paper's ten streams on a v5e-32 slice, 32 chips.
+
+It starts from `runs/qwen3-4b`, made by `python -m msjax.import_hf --from=Qwen/Qwen3-4B
+--streams=user --to=runs/qwen3-4b`, and reads grids of ten streams (docs/data.md).
+
+  slice     v5e-32 (v5e:4x8)
+  memory    MEMORY
+  tokens    163,840 a step: 32 sequences of 512 rows x 10 streams
+  compile   python -m msjax.compile --config=configs/qwen3_4b_v5e32.py --topology=v5e:4x8
+  train     launch/, docs/pods.md
+"""
+
+from msjax.config import Config, DataConfig, OptimConfig, TrainConfig
+from msjax.models.presets import preset
+
+THOUGHTS = "analytical skeptical intuitive between curious void instinct synthesis"
+
+
+def get_config():
+  config = Config(
+    workdir="runs/qwen3_4b_v5e32",
+    init_from="runs/qwen3-4b",
+    streams=("user:input", "output:output", *(f"{name}:internal" for name in THOUGHTS.split())),
+    model=preset("qwen3-4b"),
+    data=DataConfig(
+      train="data/train.jsonl",
+      valid="data/valid.jsonl",
+      tokenizer="runs/qwen3-4b/tokenizer.json",
+      rows=512,
+      pack=True,
+    ),
+    optim=OptimConfig(
+      learning_rate=1e-5,
+      stream_learning_rate=1e-3,
+      schedule="cosine",
+      warmup_steps=50,
+      final_fraction=0.1,
+      weight_decay=0.1,
+    ),
+    train=TrainConfig(steps=1000, batch=32, log_every=10, save_every=100, eval_every=200),
+  )
+  config.model.remat = "qkv"
+  return config

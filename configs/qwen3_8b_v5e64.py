@@ -1,0 +1,43 @@
+"""Qwen3-8B with the paper's ten streams on a v5e-64 slice, 64 chips.
+
+It starts from `runs/qwen3-8b`, made by `python -m msjax.import_hf --from=Qwen/Qwen3-8B
+--streams=user --to=runs/qwen3-8b`, and reads grids of ten streams (docs/data.md).
+
+  slice     v5e-64 (v5e:8x8)
+  memory    MEMORY
+  tokens    327,680 a step: 64 sequences of 512 rows x 10 streams
+  compile   python -m msjax.compile --config=configs/qwen3_8b_v5e64.py --topology=v5e:8x8
+  train     launch/, docs/pods.md
+"""
+
+from msjax.config import Config, DataConfig, OptimConfig, TrainConfig
+from msjax.models.presets import preset
+
+THOUGHTS = "analytical skeptical intuitive between curious void instinct synthesis"
+
+
+def get_config():
+  config = Config(
+    workdir="runs/qwen3_8b_v5e64",
+    init_from="runs/qwen3-8b",
+    streams=("user:input", "output:output", *(f"{name}:internal" for name in THOUGHTS.split())),
+    model=preset("qwen3-8b"),
+    data=DataConfig(
+      train="data/train.jsonl",
+      valid="data/valid.jsonl",
+      tokenizer="runs/qwen3-8b/tokenizer.json",
+      rows=512,
+      pack=True,
+    ),
+    optim=OptimConfig(
+      learning_rate=1e-5,
+      stream_learning_rate=1e-3,
+      schedule="cosine",
+      warmup_steps=50,
+      final_fraction=0.1,
+      weight_decay=0.1,
+    ),
+    train=TrainConfig(steps=1000, batch=64, log_every=10, save_every=100, eval_every=200),
+  )
+  config.model.remat = "attention"
+  return config
