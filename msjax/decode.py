@@ -4,10 +4,11 @@ The text goes into the stream `user`, one token a row, and every row is printed 
 `--at=ROW:STREAM:TEXT` puts text into any input stream from a row on: a word in edgeways.
 """
 
+import jax
 from absl import flags, logging
 
 import msjax
-from msjax import cli
+from msjax import cli, sharding
 from msjax.data.show import RowPrinter
 from msjax.errors import InputError
 
@@ -20,6 +21,9 @@ _ROWS = flags.DEFINE_integer(
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", 0.0)
 _SEED = flags.DEFINE_integer("seed", 0, "of what is drawn when the temperature is above 0", 0)
+_MODEL_CHIPS = flags.DEFINE_integer(
+  "model_chips", 1, "chips that share the model's heads and MLP, for one that fits none alone", 1
+)
 _JSONL = flags.DEFINE_bool("jsonl", False, "print a JSON object a row instead of a table")
 
 
@@ -28,6 +32,12 @@ def main(_) -> None:
   if not _WORKDIR.value:
     raise InputError("--workdir: not given; expected the work directory of a trained run")
   at = [_placed(text) for text in _AT.value]
+  mesh = sharding.decode_mesh(_MODEL_CHIPS.value, jax.devices()[: _MODEL_CHIPS.value])
+  with jax.set_mesh(mesh):
+    _decode(at)
+
+
+def _decode(at: list[tuple[int, str, str]]) -> None:
   model = msjax.load(_WORKDIR.value, step=_STEP.value)
   rows = model.generate(
     {} if _USER.value is None else {"user": _USER.value},

@@ -281,6 +281,9 @@ class Schedule:
 def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
   """Loads a work directory or a Hugging Face folder.
 
+  Of a work directory every device of the mesh in use reads its part (`sharding.decode_mesh`); what
+  is decoded then is to be decoded on that mesh. Without a mesh, one device reads all.
+
   Args:
     directory: of a Hugging Face folder without stream embeddings the one stream is `text`.
     step: of a work directory: a checkpoint's step, `latest`, or `best` by held-out loss.
@@ -296,5 +299,5 @@ def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
   directory = WorkDir(directory)
   config, streams, tokenizer = directory.config(), directory.streams(), directory.tokenizer()
   learner = Learner(config, streams, tokenizer.vocab_size)
-  abstract = jax.eval_shape(learner.init, jax.random.key(0)).params
+  abstract = learner.abstract().params
   return Model(config, streams, tokenizer, load_params(directory.checkpoints, abstract, step))

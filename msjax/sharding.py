@@ -151,8 +151,10 @@ def spec(*names: str | None) -> PartitionSpec:
 
 
 def placed(shapes: Any, specs: Any) -> Any:
-  """Says of a tree of `jax.ShapeDtypeStruct`s how each array lies on the mesh in use."""
+  """Says of a tree of `jax.ShapeDtypeStruct`s how each array lies on the mesh in use, if any."""
   mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return shapes
   at = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
   return jax.tree.map(at, shapes, specs)
 
