@@ -46,14 +46,22 @@ def _product_saving(cut, x, matrices):
 def _product_gradients(cut, saved, g):
   x, fetched, matrices = saved
   flat = lambda a: a.reshape(-1, a.shape[-1])
-  dtype = x.dtype if sharding.size("embed") > 1 else matrices[0].dtype
-  parts = _split(g, fetched)
+  x_flat, parts = flat(x), _split(g, fetched)
   d_x = sum(part @ matrix.T for part, matrix in zip(parts, fetched))
-  gradients = [jnp.matmul(flat(x).T, flat(part), preferred_element_type=dtype) for part in parts]
   if sharding.size("embed") > 1:
-    (gradient,) = gradients
-    gradients = _split(sharding.scatter(gradient, "embed", cut), matrices)
+    gradients = _split(_scattered(cut, x_flat, flat(g)), matrices)
+  else:
+    summed = functools.partial(jnp.matmul, preferred_element_type=matrices[0].dtype)
+    gradients = [summed(x_flat.T, flat(part)) for part in parts]
   return d_x, tuple(gradient.astype(matrices[0].dtype) for gradient in gradients)
+
+
+def _scattered(cut, x, g):
+  """Scatters x^T g along its axis `cut`, made the first axis: along the last one parts may be
+  narrower than a register, and then libtpu sums the whole on every chip."""
+  if cut == 0:
+    return sharding.scatter(x.T @ g, "embed", 0)
+  return sharding.scatter(g.T @ x, "embed", 0).T
 
 
 def _split(x, matrices):

@@ -138,11 +138,12 @@ def _by_pieces(penalties, share, hidden, labels, weights, differentiate):
     logits = share.logits(i, rows, hidden)
     d = _d_logits(penalties, share, i, logits, sums, labels, weights).astype(hidden.dtype)
     d_hidden += jnp.einsum("tv,vd->td", d, rows, preferred_element_type=jnp.float32)
-    return d_hidden, sharding.scatter(jnp.einsum("tv,td->vd", d, hidden), "embed", 1)
+    # Scattered along the first axis, as a product's gradient is: see layers.py.
+    return d_hidden, sharding.scatter(jnp.einsum("tv,td->dv", d, hidden), "embed", 0)
 
   start = jnp.zeros(hidden.shape, jnp.float32)
   d_hidden, d_rows = jax.lax.scan(gradients, start, share.pieces())
-  return out, (d_hidden, d_rows.reshape(share.rows.shape))
+  return out, (d_hidden, d_rows.swapaxes(1, 2).reshape(share.rows.shape))
 
 
 class _Share(NamedTuple):
