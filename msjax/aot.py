@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from msjax import sharding
-from msjax.config import Config
 from msjax.decoding import generate
 from msjax.decoding.prepared import prepare
 from msjax.kernels.chips import chip_of
@@ -18,7 +17,8 @@ from msjax.kernels.collectives import Collective
 from msjax.kernels.hlo import parse_module
 from msjax.kernels.static import compile_with_text, devices_of, hbm_overrun
 from msjax.models import axes
-from msjax.training.begin import DoesNotFit, program
+from msjax.training import stored
+from msjax.training.begin import DoesNotFit, Program, program
 from msjax.training.state import Learner
 
 _GIB = 2**30
@@ -76,19 +76,18 @@ class Report:
     }
 
 
-def train_report(config: Config, vocab_size: int, topology: str) -> Report:
+def train_report(learner: Learner, topology: str, save_to: str | None = None) -> Report:
   """Compiles the very step that `msjax.train` would run on a topology.
 
   Args:
-    config: valid; `mesh.slices` of such slices.
-    vocab_size: rows of the embedding.
+    learner: of a valid config; `mesh.slices` of such slices.
     topology: of a slice.
+    save_to: file for the compiled step, for `msjax.train --program`; None for none.
 
   Raises:
     InputError: the topology, or what the mesh is to cut, is wrong; libtpu is missing.
   """
-  t = config.train
-  learner = Learner(config, config.stream_set(silence_id=0), vocab_size)
+  config, t = learner.config, learner.config.train
   sequences = t.batch // t.micro_batches
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
     sharding.check(config.model, t)
@@ -107,19 +106,19 @@ def train_report(config: Config, vocab_size: int, topology: str) -> Report:
       remat, compiled = program(learner, state, batch, compile_with_text)
     except DoesNotFit as error:
       return _too_large(facts, error.needed, state)
-    return _report(facts, compiled, time.perf_counter() - began, remat=remat)
+    seconds = time.perf_counter() - began
+    if save_to:
+      stored.save(save_to, learner, Program(remat, compiled[0]))
+    return _report(facts, compiled, seconds, remat=remat)
 
 
-def decode_report(
-  config: Config, vocab_size: int, topology: str, sessions: int, rows: int
-) -> Report:
+def decode_report(learner: Learner, topology: str, sessions: int, rows: int) -> Report:
   """Compiles the tick that decoding would run on a topology, with caches for so many rows.
 
   `mesh.model` chips share a model, the others serve other sessions. Arguments and errors as of
   `train_report`.
   """
-  learner = Learner(config, config.stream_set(silence_id=0), vocab_size)
-  shape = jax.ShapeDtypeStruct
+  config, shape = learner.config, jax.ShapeDtypeStruct
   with jax.set_mesh(sharding.decode_mesh(config.mesh.model, devices_of(topology, 1))):
     sharding.check_sessions(config.model, sessions)
     begun = lambda: learner.init(jax.random.key(0)).params
@@ -146,7 +145,7 @@ def decode_report(
     return _report(facts, compiled, time.perf_counter() - began, hbm_bytes_min=read_once)
 
 
-def largest_batch(config: Config, vocab_size: int, topology: str) -> Report:
+def largest_batch(learner: Learner, topology: str) -> Report:
   """Returns the report of the largest micro-batch that fits, in whole sequences for every chip.
 
   Two small ones tell what a sequence more needs; what that promises is then compiled, and corrected
@@ -155,14 +154,16 @@ def largest_batch(config: Config, vocab_size: int, topology: str) -> Report:
   Raises:
     InputError: see `train_report`.
   """
-  with jax.set_mesh(sharding.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
+  mesh = learner.config.mesh
+  with jax.set_mesh(sharding.make_mesh(mesh, devices_of(topology, mesh.slices))):
     step = sharding.chips("batch")
   known: dict[int, Report] = {}
 
   def report(each: int) -> Report:
     if each not in known:
       changes = {"train.batch": each * step, "train.micro_batches": 1}
-      known[each] = train_report(config.changed(changes), vocab_size, topology)
+      config = learner.config.changed(changes)
+      known[each] = train_report(dataclasses.replace(learner, config=config), topology)
     return known[each]
 
   one, two = report(1), report(2)

@@ -14,8 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from msjax import aot, cli, config_flag
+from msjax.config import Config
 from msjax.data import load as data
 from msjax.errors import InputError
+from msjax.training.state import Learner
 
 _CONFIG = config_flag.define()
 flags.declare_key_flag("config")  # for --help
@@ -25,6 +27,7 @@ _PROGRAM = flags.DEFINE_enum("program", "train", ["train", "decode"], "what to c
 _SESSIONS = flags.DEFINE_integer("sessions", 1, "decode: sessions together", 1)
 _ROWS = flags.DEFINE_integer("rows", None, "decode: of a cache; by default config.data.rows", 1)
 _SEARCH = flags.DEFINE_enum("search", None, ["batch"], "train: the largest batch that fits")
+_SAVE = flags.DEFINE_string("save", None, "train: file for the step, for msjax.train --program")
 _JSON = flags.DEFINE_bool("json", False, "print a JSON object instead of tables")
 _MIB, _GIB = 2**20, 2**30
 
@@ -36,19 +39,27 @@ def main(_) -> int:
     raise InputError("--topology: not given; expected a slice, as in v5e:8x8")
   config.mesh.slices = _SLICES.value or config.mesh.slices
   jax.config.update("jax_platforms", "cpu")  # the machine's own devices stay out of it
-  vocab_size = data.vocab_size(config)
+  learner = _learner(config)
   if _PROGRAM.value == "decode":
     rows = _ROWS.value or config.data.rows
-    report = aot.decode_report(config, vocab_size, _TOPOLOGY.value, _SESSIONS.value, rows)
+    report = aot.decode_report(learner, _TOPOLOGY.value, _SESSIONS.value, rows)
   elif _SEARCH.value:
-    report = aot.largest_batch(config, vocab_size, _TOPOLOGY.value)
+    report = aot.largest_batch(learner, _TOPOLOGY.value)
   else:
-    report = aot.train_report(config, vocab_size, _TOPOLOGY.value)
+    report = aot.train_report(learner, _TOPOLOGY.value, _SAVE.value)
   if _JSON.value:
     print(json.dumps(report.to_json()))
   else:
     _show(report)
   return 0 if report.fits else 1
+
+
+def _learner(config: Config) -> Learner:
+  """The run without its data. Which token is silence matters only to a step that is kept."""
+  if config.model.vocab_size and not _SAVE.value:
+    return Learner(config, config.stream_set(silence_id=0), config.model.vocab_size)
+  tokenizer = data.tokenizer(config)
+  return Learner(config, config.stream_set(tokenizer.silence_id), tokenizer.vocab_size)
 
 
 def _show(report: aot.Report) -> None:

@@ -30,6 +30,9 @@ _ON_BAD_RECORD = flags.DEFINE_enum(
   "what a wrong record of a data file does: stop with its line, or skip it, counted and listed",
 )
 _BASELINE = flags.DEFINE_bool("baseline", True, "train the config's baseline too")
+_PROGRAM = flags.DEFINE_string(
+  "program", None, "file that msjax.compile --save wrote, in place of compiling here"
+)
 _PRINT_CONFIG = flags.DEFINE_bool("print_config", False, "print the resolved config and end")
 
 
@@ -56,7 +59,7 @@ def main(_) -> None:
   logging.info("work directory %s", workdir.path)
   if config.baseline:
     _check_baseline(config)
-  trained, baseline = train(config, workdir, began), None
+  trained, baseline = train(config, workdir, began, _PROGRAM.value), None
   if config.baseline:
     changes = ", ".join(f"{name}={value}" for name, value in config.baseline.items())
     logging.info("baseline: the same run with %s", changes)

@@ -72,11 +72,9 @@ def check(config: Config) -> None:
     _arithmetic(config)
 
 
-def vocab_size(config: Config) -> int:
-  """Returns how many rows the embedding of a run has, without its data where the config says it."""
-  if config.data.source == "arithmetic":
-    return synthetic.tokenizer().vocab_size
-  return config.model.vocab_size or _tokenizer(config, None).vocab_size
+def tokenizer(config: Config) -> Tokenizer:
+  """Returns the tokenizer of a run without reading its data, unless it is to be trained on it."""
+  return synthetic.tokenizer() if config.data.source == "arithmetic" else _tokenizer(config, None)
 
 
 def _arithmetic(config: Config) -> tuple[Tokenizer, Streams, list[Source]]:

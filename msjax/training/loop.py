@@ -24,6 +24,7 @@ from msjax.data import pipeline
 from msjax.data.load import Data
 from msjax.data.pipeline import Source
 from msjax.errors import RunError
+from msjax.training import stored
 from msjax.training.begin import first_state, program
 from msjax.training.checkpoint import Checkpoints
 from msjax.training.flops import batch_work, peak_flops, training_flops
@@ -62,7 +63,12 @@ class Stopped(RunError):
   kind = "stopped"
 
 
-def train(config: Config, workdir: WorkDir, began: float | None = None) -> Trained:
+def train(
+  config: Config,
+  workdir: WorkDir,
+  began: float | None = None,
+  compiled: str | os.PathLike | None = None,
+) -> Trained:
   """Trains a run to its last step, from wherever it stands.
 
   It starts from the first of these that exists: the latest checkpoint in `workdir`, the parameters
@@ -72,6 +78,7 @@ def train(config: Config, workdir: WorkDir, began: float | None = None) -> Train
     config: valid.
     workdir: of the run.
     began: Unix time at which this process began to work for the run; by default now.
+    compiled: file with the compiled step (`stored.save`); None to compile it.
 
   Raises:
     InputError: data, config or work directory are wrong.
@@ -87,7 +94,7 @@ def train(config: Config, workdir: WorkDir, began: float | None = None) -> Train
       "the work directory", lambda: stack.enter_context(_claimed(config, workdir, data))
     )
     workdir.check_shared()
-    return _train(config, workdir, data, began)
+    return _train(config, workdir, data, began, compiled)
 
 
 @contextlib.contextmanager
@@ -100,7 +107,7 @@ def _claimed(config: Config, workdir: WorkDir, data: Data) -> Iterator[None]:
     yield
 
 
-def _train(config: Config, workdir: WorkDir, data: Data, began: float) -> Trained:
+def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled) -> Trained:
   """Takes the steps that are not taken yet, on the mesh in use."""
   t, first = config.train, processes.is_first()
   learner = Learner(config, data.streams, data.tokenizer.vocab_size)
@@ -150,7 +157,10 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float) -> Traine
         batch = sharding.joined(ours, 1, sequences)
         if take_step is None:
           with goodput.span("compile"), watchdog.paused():
-            remat, take_step = program(learner, state, batch)
+            if compiled:
+              remat, take_step = stored.load(compiled, learner)
+            else:
+              remat, take_step = program(learner, state, batch)
           logging.info("kept for the backward pass: %s", remat)
         state, scalars = take_step(state, batch)
         # What this process holds stands for all.
