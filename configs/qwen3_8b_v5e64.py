@@ -39,5 +39,5 @@ def get_config():
     ),
     train=TrainConfig(steps=1000, batch=64, log_every=10, save_every=100, eval_every=200),
   )
-  config.model.remat = "attention"
+  config.model.remat = "full"
   return config

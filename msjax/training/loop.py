@@ -153,7 +153,6 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
           ours = next(batches)
         metrics.waited(time.perf_counter() - waited_from)
         records = ours.pop("record")
-        work = batch_work(data.streams, ours["tokens"], ours["segments"])
         batch = sharding.joined(ours, 1, sequences)
         if take_step is None:
           with goodput.span("compile"), watchdog.paused():
@@ -163,7 +162,8 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
               remat, take_step = program(learner, state, batch)
           logging.info("kept for the backward pass: %s", remat)
         state, scalars = take_step(state, batch)
-        # What this process holds stands for all.
+        # Worked out while the devices work; what this process holds stands for all.
+        work = batch_work(data.streams, ours["tokens"], ours["segments"])
         flops = training_flops(config.model, learner.vocab_size, work) * sequences / len(here)
         trace.end(step, scalars)
         finish(running)
