@@ -7,7 +7,7 @@ every axis has size 1 and they do nothing. This is the only file that names axes
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,9 +43,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices: all that there are by default.
 
   Raises:
-    InputError: the sizes do not make up the devices.
+    InputError: the sizes do not make up the devices, or `slices` is not how many they are of.
   """
   devices = jax.devices() if devices is None else devices
+  _check_slices(config.slices, devices)
   of_slice, rest = divmod(len(devices), config.slices)
   if rest:
     raise InputError(
@@ -74,9 +75,28 @@ def decode_mesh(model: int, devices: Sequence[jax.Device] | None = None) -> Mesh
   Args:
     model: a divisor of the number of devices.
     devices: all that there are by default.
+
+  Raises:
+    InputError: `model` is no such divisor.
   """
   devices = jax.devices() if devices is None else devices
-  return make_mesh(MeshConfig(data=max(len(devices) // model, 1), fsdp=1, model=model), devices)
+  if len(devices) % model:
+    raise InputError(
+      f"config.mesh.model: {model} does not divide {len(devices)} devices; "
+      f"{_nearest_divisor(model, len(devices))} would"
+    )
+  return make_mesh(MeshConfig(data=len(devices) // model, fsdp=1, model=model), devices)
+
+
+def _check_slices(slices: int, devices: Sequence[jax.Device]) -> None:
+  """Checks that no axis but `slice` crosses the slow network between slices of TPUs."""
+  if devices[0].platform != "tpu":
+    return  # simulated ones are of as many slices as one likes
+  there = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices != there:
+    raise InputError(
+      f"config.mesh.slices: {slices} is not how many slices the devices are of; expected {there}"
+    )
 
 
 def _physical(fsdp: int, devices: Sequence[jax.Device]) -> tuple[int, int]:
@@ -99,46 +119,77 @@ def _laid_out(slices: int, shape: tuple[int, ...], devices: Sequence[jax.Device]
   )
 
 
+class _Cut(NamedTuple):
+  """What the mesh in use is to cut.
+
+  Attributes:
+    field: what users call it.
+    value: of the field.
+    name: of the axis.
+    axes: what users call the axes of the mesh that cut it.
+    divides: what the value has to divide besides; 0 for nothing.
+  """
+
+  field: str
+  value: int
+  name: str
+  axes: str
+  divides: int = 0
+
+  def check(self) -> None:
+    """Checks that the chips get equal parts."""
+    if self.value % chips(self.name):
+      raise InputError(
+        f"{self.field}: {self.value} cannot be dealt out to {chips(self.name)} chips "
+        f"({self.axes}); expected {', or '.join(self._alternatives())}"
+      )
+
+  def _alternatives(self) -> Iterator[str]:
+    """The nearest value for this mesh; the nearest number of chips, of those that there are."""
+    parts, mesh = chips(self.name), jax.sharding.get_abstract_mesh()
+    multiples = range(parts, self.value + parts + 1, parts)
+    if values := [n for n in multiples if self.divides % n == 0]:
+      yield str(min(values, key=lambda n: abs(n - self.value)))
+    slices = mesh.shape["slice"]
+    always = slices if "slice" in _RULES[self.name] else 1  # that many cut it in any case
+    if self.value % always == 0:
+      common = math.gcd(self.value // always, mesh.size // slices)
+      fewer = always * _nearest_divisor(parts // always, common)
+      yield f"{fewer} chip{'s' * (fewer > 1)}"
+
+
 def check(model: ModelConfig, train: TrainConfig) -> None:
   """Checks that a model and a batch can be cut as the mesh in use says.
 
   Raises:
     InputError: they cannot; it names the nearest that could.
   """
-  _check_dealt_out(
+  sequences = train.batch // train.micro_batches
+  of_batch = "config.train.batch / config.train.micro_batches"
+  for cut in (
     *_of_model(model),
-    ("model.dim", model.dim, "width", "fsdp x model"),
-    (
-      "train.batch / train.micro_batches",
-      train.batch // train.micro_batches,
-      "batch",
-      "slices x data x fsdp",
-    ),
-  )
+    _Cut("config.model.dim", model.dim, "width", "config.mesh.fsdp x model"),
+    _Cut(of_batch, sequences, "batch", "config.mesh.slices x data x fsdp"),
+  ):
+    cut.check()
 
 
 def check_sessions(model: ModelConfig, sessions: int) -> None:
   """Checks that a model and so many sessions can be cut as the mesh in use says; see `check`."""
-  _check_dealt_out(*_of_model(model), ("sessions", sessions, "batch", "data"))
+  for cut in (
+    *_of_model(model),
+    _Cut("config.model.dim", model.dim, "width", "config.mesh.model"),
+    _Cut("sessions", sessions, "batch", "devices / config.mesh.model"),
+  ):
+    cut.check()
 
 
-def _of_model(model):
+def _of_model(model: ModelConfig) -> tuple[_Cut, ...]:
+  by = "config.mesh.model"
   return (
-    ("model.kv_heads", model.kv_heads, "heads", "model"),
-    ("model.mlp_dim", model.mlp_dim, "mlp", "model"),
+    _Cut("config.model.kv_heads", model.kv_heads, "heads", by, divides=model.heads),
+    _Cut("config.model.mlp_dim", model.mlp_dim, "mlp", by),
   )
-
-
-def _check_dealt_out(*cut: tuple[str, int, str, str]) -> None:
-  """Checks values by field; `cut` also has what cuts them: the logical name and the config's."""
-  for field, value, name, axes in cut:
-    parts = chips(name)
-    if value % parts:
-      raise InputError(
-        f"config.{field}: {value} cannot be dealt out to {parts} chips (config.mesh: {axes}); "
-        f"{max(round(value / parts), 1) * parts} could, or {value} to "
-        f"{_nearest_divisor(parts, value)} chips"
-      )
 
 
 def _nearest_divisor(wanted: int, n: int) -> int:
