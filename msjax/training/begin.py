@@ -96,20 +96,23 @@ class DoesNotFit(InputError):
   """A step needs more memory than a chip has.
 
   Attributes:
+    remat: what the step keeps, the least that is allowed.
     needed: bytes a chip, None where the compiler does not say.
     capacity: bytes a chip that programs can have, alike.
   """
 
   def __init__(self, remat: str, error: jax.errors.JaxRuntimeError):
-    """Takes what the compiler raised, with the least kept that `remat` allows."""
+    """Takes what the compiler raised, with the least kept."""
+    self.remat = remat
     self.needed, self.capacity = hbm_overrun(error) or (None, None)
     how_much = (
       f"{self.needed / 2**30:.2f} of {self.capacity / 2**30:.2f} GiB" if self.needed else ""
     )
+    less_kept = "" if remat == "full" else ", or remat=full"
     super().__init__(
       f"config.model.remat: with {remat!r} a step needs more memory than a chip has "
-      f"({how_much or str(error).splitlines()[0][:200]}); expected a step that fits: more chips, "
-      "config.train.micro_batches, shorter config.data.rows, or remat=full"
+      f"({how_much or str(error).splitlines()[0][:200]}); expected more chips, "
+      f"a larger config.train.micro_batches, a smaller config.data.rows{less_kept}"
     )
 
 
