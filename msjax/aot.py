@@ -44,7 +44,7 @@ class Report:
     hbm_bytes: moved to and from memory in a step.
     hbm_bytes_min: the least for decode: weights and cache read once; None for train.
     xla_ms: what XLA estimates for its own operations, without collectives and Pallas kernels.
-    kernels: names of the Pallas kernels in use.
+    kernels: names of the Pallas kernels in use, in order.
     collectives: see `Collective`.
     compile_seconds: of the compiler.
   """
@@ -71,7 +71,6 @@ class Report:
     """Returns what `--json` prints."""
     return {
       **dataclasses.asdict(self),
-      "kernels": sorted(set(self.kernels)),
       "collectives": [dataclasses.asdict(c) for c in self.collectives],
     }
 
@@ -105,7 +104,7 @@ def train_report(learner: Learner, topology: str, save_to: str | None = None) ->
     try:
       remat, compiled = program(learner, state, batch, compile_with_text)
     except DoesNotFit as error:
-      return _too_large(facts, error.needed, state)
+      return _too_large(facts, error.needed, state, remat=error.remat)
     seconds = time.perf_counter() - began
     if save_to:
       stored.save(save_to, learner, Program(remat, compiled[0]))
@@ -148,35 +147,40 @@ def decode_report(learner: Learner, topology: str, sessions: int, rows: int) -> 
 def largest_batch(learner: Learner, topology: str) -> Report:
   """Returns the report of the largest micro-batch that fits, in whole sequences for every chip.
 
-  Two small ones tell what a sequence more needs; what that promises is then compiled, and corrected
-  until the next larger one does not fit.
+  With `remat` auto the least is kept for the backward pass. Batches are compiled until one fits and
+  the next larger one does not; where not even the smallest fits, its report is returned.
 
   Raises:
     InputError: see `train_report`.
   """
-  mesh = learner.config.mesh
-  with jax.set_mesh(sharding.make_mesh(mesh, devices_of(topology, mesh.slices))):
-    step = sharding.chips("batch")
-  known: dict[int, Report] = {}
+  config = learner.config.changed({"train.micro_batches": 1})
+  if config.model.remat == "auto":
+    config.model.remat = "full"
+  with jax.set_mesh(sharding.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
+    sequences = sharding.chips("batch")
 
-  def report(each: int) -> Report:
-    if each not in known:
-      changes = {"train.batch": each * step, "train.micro_batches": 1}
-      config = learner.config.changed(changes)
-      known[each] = train_report(dataclasses.replace(learner, config=config), topology)
-    return known[each]
+  tried: dict[int, Report] = {}  # by sequences for every chip
+  fits, too_large, each = 0, math.inf, 1
+  while fits < each < too_large:
+    batch = config.changed({"train.batch": each * sequences})
+    tried[each] = train_report(dataclasses.replace(learner, config=batch), topology)
+    if tried[each].fits:
+      fits = each
+    else:
+      too_large = each
+    each = min(max(_promised(tried), fits + 1), too_large - 1)
+  return tried[max(fits, 1)]
 
-  one, two = report(1), report(2)
-  if not two.fits:
-    return one
-  total = lambda r: sum(r.hbm_per_chip_bytes.values())
-  each_more = max(total(two) - total(one), 1)
-  each = max(2, 1 + (one.capacity - total(one)) // each_more)
-  while not report(each).fits:
-    each -= 1
-  while report(each + 1).fits:
-    each += 1
-  return report(each)
+
+def _promised(tried: Mapping[int, Report]) -> int:
+  """How many sequences for every chip should just fit, by a line through what was tried nearby."""
+  far = 8 * max(tried)
+  if len(tried) < 2:
+    return 2
+  left = {each: r.capacity - sum(r.hbm_per_chip_bytes.values()) for each, r in tried.items()}
+  near, other = sorted(left, key=lambda each: abs(left[each]))[:2]
+  each_needs = (left[near] - left[other]) / (other - near)
+  return min(math.floor(near + left[near] / each_needs), far) if each_needs > 0 else far
 
 
 def _facts(name: str, topology: str, batch: int, tokens: int) -> dict[str, Any]:
@@ -193,12 +197,14 @@ def _facts(name: str, topology: str, batch: int, tokens: int) -> dict[str, Any]:
   }
 
 
-def _too_large(facts: dict[str, Any], needed: int | None, arguments: Any) -> Report:
+def _too_large(
+  facts: dict[str, Any], needed: int | None, arguments: Any, remat: str = ""
+) -> Report:
   kept = _bytes_here(arguments)
   needed = needed or facts["capacity"]
   return Report(
     **facts,
-    remat="full" if facts["program"] == "train" else "",
+    remat=remat,
     fits=False,
     short_by=max(needed - facts["capacity"], 1),
     hbm_per_chip_bytes={"arguments": kept, "temporaries": max(needed - kept, 0)},
@@ -224,10 +230,15 @@ def _report(facts, compiled_with_text, seconds, remat="", hbm_bytes_min=None) ->
     hbm_bytes=module.hbm_bytes,
     hbm_bytes_min=hbm_bytes_min,
     xla_ms=module.xla_cycles / chip_of(facts["topology"]).hertz * 1e3,
-    kernels=module.kernels,
+    kernels=tuple(sorted({_plain(name) for name in module.kernels})),
     collectives=module.collectives,
     compile_seconds=seconds,
   )
+
+
+def _plain(kernel: str) -> str:
+  """The name of a kernel without the number of its call."""
+  return kernel.rpartition(".")[0] or kernel
 
 
 def _bytes_here(tree: Any) -> int:

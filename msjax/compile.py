@@ -22,9 +22,9 @@ from msjax.training.state import Learner
 _CONFIG = config_flag.define()
 flags.declare_key_flag("config")  # for --help
 _TOPOLOGY = flags.DEFINE_string("topology", None, "of a slice: v5e:8x8, v6e:4x4, v5p:2x2x2")
-_SLICES = flags.DEFINE_integer("num_slices", None, "by default config.mesh.slices", 1)
+_SLICES = flags.DEFINE_integer("num_slices", None, "train: by default config.mesh.slices", 1)
 _PROGRAM = flags.DEFINE_enum("program", "train", ["train", "decode"], "what to compile")
-_SESSIONS = flags.DEFINE_integer("sessions", 1, "decode: sessions together", 1)
+_SESSIONS = flags.DEFINE_integer("sessions", None, "decode: together; by default 1", 1)
 _ROWS = flags.DEFINE_integer("rows", None, "decode: of a cache; by default config.data.rows", 1)
 _SEARCH = flags.DEFINE_enum("search", None, ["batch"], "train: the largest batch that fits")
 _SAVE = flags.DEFINE_string("save", None, "train: file for the step, for msjax.train --program")
@@ -37,12 +37,16 @@ def main(_) -> int:
   config = config_flag.resolve(_CONFIG)
   if not _TOPOLOGY.value:
     raise InputError("--topology: not given; expected a slice, as in v5e:8x8")
+  if _PROGRAM.value == "decode":
+    _refuse("train", num_slices=_SLICES, search=_SEARCH, save=_SAVE)
+  else:
+    _refuse("decode", sessions=_SESSIONS, rows=_ROWS)
   config.mesh.slices = _SLICES.value or config.mesh.slices
   jax.config.update("jax_platforms", "cpu")  # the machine's own devices stay out of it
   learner = _learner(config)
   if _PROGRAM.value == "decode":
     rows = _ROWS.value or config.data.rows
-    report = aot.decode_report(learner, _TOPOLOGY.value, _SESSIONS.value, rows)
+    report = aot.decode_report(learner, _TOPOLOGY.value, _SESSIONS.value or 1, rows)
   elif _SEARCH.value:
     report = aot.largest_batch(learner, _TOPOLOGY.value)
   else:
@@ -52,6 +56,13 @@ def main(_) -> int:
   else:
     _show(report)
   return 0 if report.fits else 1
+
+
+def _refuse(program: str, **of_other: flags.FlagHolder) -> None:
+  """Raises for flags that only the other program has."""
+  for name, flag in of_other.items():
+    if flag.value is not None:
+      raise InputError(f"--{name}: {flag.value} is for --program={program}; leave it out")
 
 
 def _learner(config: Config) -> Learner:
@@ -85,7 +96,7 @@ def _show(report: aot.Report) -> None:
   if report.xla_ms is not None:
     facts["XLA's operations"] = f"{report.xla_ms:,.1f} ms, without collectives and kernels"
     facts["memory traffic"] = _traffic(report)
-    facts["Pallas kernels"] = ", ".join(sorted({_plain(k) for k in report.kernels})) or "none"
+    facts["Pallas kernels"] = ", ".join(report.kernels) or "none"
   facts["compiled in"] = f"{report.compile_seconds:.0f} s"
   table = Table(box=None, show_header=False, pad_edge=False)
   for name, fact in facts.items():
@@ -124,14 +135,12 @@ def _advice(report: aot.Report) -> str:
   if report.program == "decode":
     return "fewer --sessions or --rows, or more chips to a model by --config.mesh.model"
   ways = ["more chips"]
-  if report.batch > report.chips:
+  if report.batch * report.mesh.get("model", 1) > report.chips:  # not one sequence each yet
     ways.append("a larger --config.train.micro_batches")
-  return ", ".join([*ways, "or shorter --config.data.rows"])
-
-
-def _plain(kernel: str) -> str:
-  """The name of a kernel without the number of its call."""
-  return kernel.rpartition(".")[0] or kernel
+  ways.append("a smaller --config.data.rows")
+  if report.remat != "full":
+    ways.append("--config.model.remat=full")
+  return f"{', '.join(ways[:-1])} or {ways[-1]}"
 
 
 if __name__ == "__main__":
