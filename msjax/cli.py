@@ -10,7 +10,7 @@ from absl import app, flags, logging
 
 from msjax.errors import InputError, RunError, nearest
 
-_FAILED, _WRONG_INPUT = 1, 2  # exit status
+_FAILED = 1  # exit status
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # as of a shell
 
 
@@ -40,20 +40,17 @@ def run(
     if check is not None:
       check(sys.argv)
     app.run(flushed, flags_parser=_parse)
-  except InputError as error:
-    _complain(f"error: {error}")
-    sys.exit(_WRONG_INPUT)
-  except RunError as error:
-    _complain(f"{error.kind}: {error}")
+  except (InputError, RunError) as error:
+    complain(f"{error.kind}: {error}")
     sys.exit(error.exit_status)
   except KeyboardInterrupt:
-    _complain("interrupted")
+    complain("interrupted")
     os._exit(_INTERRUPTED)  # XLA may be compiling still, and would crash in an orderly exit
   except BrokenPipeError:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
     sys.exit(_BROKEN_PIPE)
   except OSError as error:
-    _complain(f"error: {error}")
+    complain(f"error: {error}")
     sys.exit(_FAILED)
 
 
@@ -92,7 +89,8 @@ def _log_plainly() -> None:
   )
 
 
-def _complain(message: str) -> None:
+def complain(message: str) -> None:
+  """Prints a line on stderr: the command's name and a message."""
   print(f"{_program()}: {message}".replace("\n", " "), file=sys.stderr, flush=True)
 
 

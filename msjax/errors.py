@@ -9,7 +9,14 @@ class InputError(ValueError):
 
   The message is one sentence: what has the wrong value, the value, what was expected, what to do.
   Commands print it on one line and end with status 2; libraries let it rise.
+
+  Attributes:
+    exit_status: of a command that ends by it.
+    kind: what the command calls it.
   """
+
+  exit_status = 2
+  kind = "error"
 
 
 class RecordError(InputError):
@@ -31,6 +38,13 @@ class RunError(RuntimeError):
 
   exit_status = 1
   kind = "error"
+
+
+class Stopped(RunError):
+  """A signal asked the run to end; it is saved and goes on when started again."""
+
+  exit_status = 42
+  kind = "stopped"
 
 
 def nearest(word: str, choices: Iterable[str]) -> str:

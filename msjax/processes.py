@@ -1,31 +1,32 @@
-"""Start-up of many processes: who is who is told and checked before any device is touched.
+"""Many processes: who is who is told and checked before any device is touched; they end together.
 
-A command calls `define()` where it defines its flags, and `start()` before anything else. Without
-these flags and outside of a cluster that JAX knows, nothing is tried: the process is alone.
+A command calls `define()` where it defines its flags, and does everything else within `joined()`.
+Without these flags and outside of a cluster that JAX knows, nothing is tried: the process is alone.
 """
 
+import contextlib
 import importlib.metadata
 import itertools
+import json
 import platform
 import socket
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jaxlib
 from absl import flags, logging
 from jax._src import clusters, distributed  # no public name tells what is detected, or has barriers
-from jax.experimental import multihost_utils
 
 import msjax
 from msjax import rollcall
+from msjax.alarm import Alarm
 from msjax.errors import InputError, RunError
 
 flags.disclaim_key_flags()  # they belong to the command that defines them, and stand in its --help
 
-T = TypeVar("T")
-
 _calls = itertools.count()  # of what all processes do in the same order
+_HEARTBEAT_SECONDS = 60  # without one, a process is taken for dead and JAX aborts the others
 _PORT = 8482  # JAX's own for TPU
 _CLUSTERS = (clusters.SlurmCluster, clusters.GkeTpuCluster, clusters.GceTpuCluster)
 
@@ -67,16 +68,17 @@ def define() -> None:
   )
 
 
-def start() -> None:
-  """Joins the processes of this run, if there are others.
+@contextlib.contextmanager
+def joined() -> Iterator[None]:
+  """Joins the processes of this run, if there are others, for as long as the block lasts.
 
-  To be called once, before devices are touched. Each process logs who it is, then waits for the
-  others.
+  To be entered once, before devices are touched. Each process logs who it is, then waits for the
+  others. An error that ends the block in one process ends all of them: see `alarm`.
 
   Raises:
     InputError: flags are missing or contradict each other, processes run different versions, or the
       coordinator's port is taken.
-    RunError: the other processes did not come in time.
+    RunError: the other processes did not come in time, or one of them is gone.
   """
   given, timeout = flags.FLAGS, flags.FLAGS.startup_timeout
   place = find(
@@ -84,6 +86,7 @@ def start() -> None:
     timeout,
   )
   if place is None:
+    yield
     return
   me = rollcall.Member(place.process, place.count, socket.gethostname(), versions())
   logging.info("%s of %d, coordinator %s:%d", me, place.count, place.host, place.port)
@@ -96,7 +99,19 @@ def start() -> None:
     local_device_ids=place.devices,
     cluster_detection_method="deactivate",  # it has been asked
     initialization_timeout=timeout,
+    heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
   )
+  state = distributed.global_state
+  if state.preemption_sync_manager:
+    state.preemption_sync_manager = _Preemption(state.preemption_sync_manager)
+  with Alarm(state, str(me)):
+    try:
+      yield
+    except jax.errors.JaxRuntimeError as error:
+      if "Gloo" not in str(error):
+        raise
+      reason = str(error).splitlines()[0]
+      raise RunError(f"another process is gone: {reason}; run again to go on") from error
 
 
 def find(
@@ -210,16 +225,13 @@ def sync(name: str, timeout: float = 600) -> None:
     raise RunError(f"{name}: waited {timeout:g} s for the other processes: {reason}") from error
 
 
-def first_does(name: str, act: Callable[[], T], timeout: float = 600) -> T | None:
-  """Lets process 0 do what only one may; all return when it is done, or raise what it raised.
+def first_does(name: str, act: Callable[[], str], timeout: float = 600) -> str:
+  """Lets process 0 do what only one may; all return what it returns, when it is done.
 
   Args:
     name: of what is done.
-    act: raises `InputError` or `RunError` where it fails.
+    act: raises where it fails; the others then hear the alarm.
     timeout: seconds to wait for process 0.
-
-  Returns:
-    What `act` returns, None in the other processes.
 
   Raises:
     RunError: process 0 was not heard of in time.
@@ -229,51 +241,72 @@ def first_does(name: str, act: Callable[[], T], timeout: float = 600) -> T | Non
     return act()
   key = f"msjax/{name}/{next(_calls)}"
   if is_first():
-    try:
-      result = act()
-    except (InputError, RunError) as error:
-      kind = InputError if isinstance(error, InputError) else RunError
-      client.key_value_set(key, f"{kind.__name__} {error}")
-      raise
-    client.key_value_set(key, "done")
-    return result
+    client.key_value_set(key, act())
   try:
-    outcome, _, reason = client.blocking_key_value_get(key, int(timeout * 1000)).partition(" ")
+    return client.blocking_key_value_get(key, int(timeout * 1000))
   except jax.errors.JaxRuntimeError as error:
     raise RunError(f"{name}: waited {timeout:g} s for process 0") from error
-  if outcome != "done":
-    raise {"InputError": InputError, "RunError": RunError}[outcome](reason)
-  return None
 
 
-def agree(name: str, value: str) -> None:
-  """Checks that all processes have the same value.
+def agree(name: str, values: Mapping[str, Any]) -> None:
+  """Checks that all processes have the same values.
+
+  Args:
+    name: of them all.
+    values: as JSON has them; mappings may hold others.
 
   Raises:
-    InputError: this process has another than process 0.
+    InputError: this process has others than process 0.
+    RunError: process 0 was not heard of in time.
   """
-  client = distributed.global_state.client
-  if client is None:
-    return
-  key = f"msjax/{name}/{next(_calls)}"
-  if is_first():
-    client.key_value_set(key, value)
-  theirs = client.blocking_key_value_get(key, 600_000)
-  if theirs != value:
-    at = next((i for i, (a, b) in enumerate(zip(theirs, value)) if a != b), 0)
-    around = slice(max(at - 40, 0), at + 20)
+  theirs = json.loads(first_does(name, lambda: json.dumps(values)))
+  ours = json.loads(json.dumps(values))
+  if found := _difference(name, ours, theirs):
+    what, here, there = found
     raise InputError(
-      f"{name}: process {jax.process_index()} has ...{value[around]}..., process 0 has "
-      f"...{theirs[around]}...; expected the same command on every worker"
+      f"{what}: {here!r} in process {jax.process_index()}, {there!r} in process 0; expected the "
+      "same in all"
     )
 
 
-def reached_preemption(step: int) -> bool:
-  """Whether to save and stop at this step, because some process was asked to end (SIGTERM).
+def _difference(name: str, here: Any, there: Any) -> tuple[str, Any, Any] | None:
+  """The first values that differ, and their dotted name."""
+  if not (isinstance(here, dict) and isinstance(there, dict)):
+    return None if here == there else (name, here, there)
+  pairs = ((f"{name}.{key}", here.get(key), there.get(key)) for key in sorted(here | there))
+  return next(filter(None, (_difference(*pair) for pair in pairs)), None)
 
-  All processes ask at every step; they are told to stop at the same one. A process that is alone is
-  never told, nor any if JAX's preemption service is off.
+
+def stop_asked() -> bool:
+  """Whether to save and stop now, because some process was asked to end (SIGTERM).
+
+  All processes ask equally often, and are told to stop at the same time. A process that is alone
+  is never told, nor any if JAX's preemption service is off.
   """
-  if not jax.config.jax_enable_preemption_service:
+  service = distributed.global_state.preemption_sync_manager
+  return service is not None and service.stop_asked()
+
+
+class _Preemption:
+  """JAX's preemption service, to be asked by us alone.
+
+  It tells all to stop at one more than the highest number that any has asked by. So they count what
+  they ask, from 1: by the steps of a run that goes on at 1,000 it would, told before the first
+  of them, say 1, and never be asked that. Orbax, which asks by steps and from threads, hears no.
+  """
+
+  def __init__(self, service: Any):
+    """Takes JAX's."""
+    self._service, self._asks = service, itertools.count(1)
+
+  def stop_asked(self) -> bool:
+    """Asks."""
+    return self._service.reached_sync_point(next(self._asks))
+
+  def reached_sync_point(self, step: int) -> bool:
+    """What Orbax asks."""
     return False
-  return multihost_utils.reached_preemption_sync_point(step)
+
+  def shutdown(self) -> None:
+    """What JAX asks for at the end."""
+    self._service.shutdown()

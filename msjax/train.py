@@ -49,7 +49,12 @@ def main(_) -> None:
   if not config.workdir:
     raise InputError("--workdir: not given, and this config has no default; expected a directory")
   began = process_began()
-  processes.start()
+  with processes.joined():
+    _run(config, began)
+
+
+def _run(config: Config, began: float) -> None:
+  """What all processes do together."""
   if config.report and jax.process_count() > 1:
     raise InputError(
       f"config.report: {config.report!r} is measured by one process, here are "

@@ -1,6 +1,6 @@
 """What lies in a run's work directory, and who may write there.
 
-config.json  streams.json  tokenizer.json  data.json  .lock
+config.json  streams.json  tokenizer.json  data.json  .lock  .mark
 checkpoints/  metrics.jsonl  tensorboard/  report.json  baseline/  hub/
 goodput.json  stalls/  profile/
 """
@@ -10,6 +10,8 @@ import fcntl
 import json
 import os
 import pathlib
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -86,6 +88,10 @@ class WorkDir:
     return self.path / "profile"
 
   @property
+  def _mark(self) -> pathlib.Path:
+    return self.path / ".mark"
+
+  @property
   def baseline(self) -> "WorkDir":
     """The work directory of the baseline run."""
     return WorkDir(self.path / "baseline")
@@ -111,13 +117,28 @@ class WorkDir:
       file.flush()
       yield
 
-  def check_shared(self) -> None:
-    """Checks that this process sees what process 0 has written here."""
-    if not (self.path / "config.json").exists():
-      raise InputError(
-        f"--workdir {self.path}: not the directory of process 0, which has written a config.json; "
-        "expected one that all hosts share, such as a mounted bucket"
-      )
+  def mark(self) -> str:
+    """Leaves a mark that was never here before, and returns it."""
+    mark = uuid.uuid4().hex
+    with replacing(self._mark) as file:
+      file.write(mark.encode())
+    return mark
+
+  def check_shared(self, mark: str, timeout: float = 60) -> None:
+    """Checks that this process sees the mark that process 0 has left here.
+
+    Args:
+      mark: what `mark` returned there.
+      timeout: seconds until what one host writes must be seen by another.
+    """
+    deadline = time.monotonic() + timeout
+    while not self._mark.exists() or self._mark.read_text() != mark:
+      if time.monotonic() > deadline:
+        raise InputError(
+          f"--workdir {self.path}: not the directory in which process 0 has left a mark; expected "
+          "one that all hosts share, such as a mounted bucket"
+        )
+      time.sleep(0.1)
 
   @property
   def steps_taken(self) -> int:

@@ -23,7 +23,10 @@ from absl import logging
 from msjax import cli, processes
 
 def main(_):
-  processes.start()
+  with processes.joined():
+    together()
+
+def together():
   import jax
   print(jax.process_index(), jax.process_count(), processes.is_first(), flush=True)
 {then}
@@ -132,7 +135,7 @@ STEPS = """
   for step in range(10_000):
     if step == 3:
       print("running", flush=True)
-    if processes.reached_preemption(step):
+    if processes.stop_asked():
       print("saves", step)
       break
     time.sleep(0.01)
@@ -155,17 +158,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step():
 def test_a_process_that_is_alone_waits_for_nobody():
   assert processes.is_first()
   processes.sync("nobody else")
-  assert not processes.reached_preemption(1)
-
-
-def test_without_the_preemption_service_nobody_is_told_to_stop(monkeypatch):
-  monkeypatch.setattr(processes.distributed.global_state, "client", object())
-  before = jax.config.jax_enable_preemption_service
-  jax.config.update("jax_enable_preemption_service", False)
-  try:
-    assert not processes.reached_preemption(1)
-  finally:
-    jax.config.update("jax_enable_preemption_service", before)
+  assert not processes.stop_asked()
 
 
 def test_who_does_not_come_to_a_barrier_is_waited_for_in_vain(monkeypatch):

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 import signal
@@ -23,7 +22,7 @@ from msjax.data import load as data_lib
 from msjax.data import pipeline
 from msjax.data.load import Data
 from msjax.data.pipeline import Source
-from msjax.errors import RunError
+from msjax.errors import RunError, Stopped
 from msjax.training import stored
 from msjax.training.begin import first_state, program
 from msjax.training.checkpoint import Checkpoints
@@ -56,13 +55,6 @@ class Trained(NamedTuple):
     return self._replace(params=jax.device_put(self.params, jax.local_devices()[0]))
 
 
-class Stopped(RunError):
-  """A signal asked the run to end; it is saved and goes on when started again."""
-
-  exit_status = 42
-  kind = "stopped"
-
-
 def train(
   config: Config,
   workdir: WorkDir,
@@ -87,24 +79,24 @@ def train(
   began = time.time() if began is None else began
   with jax.set_mesh(sharding.make_mesh(config.mesh)), contextlib.ExitStack() as stack:
     sharding.check(config.model, config.train)
-    processes.agree("config", json.dumps(config.to_json()))
+    processes.agree("config", config.to_json())
     made_before = workdir.path / "tokenizer.json" if workdir.steps_taken else None
     data = data_lib.load(config, made_before)  # before anything is made in the work directory
-    processes.first_does(
-      "the work directory", lambda: stack.enter_context(_claimed(config, workdir, data))
-    )
-    workdir.check_shared()
+    processes.agree("the digest of config.data", data.fingerprints)
+    claim = lambda: stack.enter_context(_claimed(config, workdir, data))
+    workdir.check_shared(processes.first_does("the work directory", claim))
+    processes.sync("the work directory is shared")
     return _train(config, workdir, data, began, compiled)
 
 
 @contextlib.contextmanager
-def _claimed(config: Config, workdir: WorkDir, data: Data) -> Iterator[None]:
-  """Holds the work directory, with the files in it that say what the run is."""
+def _claimed(config: Config, workdir: WorkDir, data: Data) -> Iterator[str]:
+  """Holds the work directory, with the files in it that say what the run is; gives its mark."""
   with workdir.lock():
     workdir.claim(config, data.streams, data.tokenizer, data.fingerprints)
     if config.init_from:
       workdir.write_hub_files(WorkDir(config.init_from).hub_files())
-    yield
+    yield workdir.mark()
 
 
 def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled) -> Trained:
@@ -126,7 +118,7 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
   with (
     Goodput(workdir.goodput, began) as goodput,
     Checkpoints(workdir.checkpoints, t.keep) as checkpoints,
-    _stop_signals() as stop_after,
+    _stop_signals() as stop_asked,
   ):
     state = first_state(learner, checkpoints, batches, data.tokenizer)
     start = int(state.step)
@@ -188,7 +180,7 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
           logging.info("step %d  held-out loss %.4f", step, valid_loss)
           is_best = valid_loss < best
           best = min(valid_loss, best)
-        stopping = stop_after(step)  # asked once: who is told that the run is saved, has it saved
+        stopping = stop_asked()  # once a step: who is told that the run is saved, has it saved
         if save_now or is_best or stopping:
           running = finish(running)
           with goodput.span("saves"), watchdog.paused():
@@ -202,7 +194,7 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
       seconds = metrics.seconds
     with goodput.span("saves"):
       checkpoints.wait()
-    if stop_after(t.steps + 1):  # asked for while the last step was being saved
+    if stop_asked():  # asked for while the last step was being saved
       raise Stopped(f"by a signal, saved at step {t.steps}; run again to go on")
   return Trained(learner, state.params, data, seconds)
 
@@ -276,15 +268,15 @@ def _jitted(learner: Learner):
 
 
 @contextlib.contextmanager
-def _stop_signals() -> Iterator[Callable[[int], bool]]:
-  """A function that tells after a step whether a signal has asked to stop there.
+def _stop_signals() -> Iterator[Callable[[], bool]]:
+  """A function that tells whether a signal has asked to stop.
 
   Of many processes one is enough to be told: JAX tells all of them, by SIGTERM; Ctrl-C is made
   into that. A process that is alone listens itself, to both; a second signal takes effect as ever.
   The handler logs nothing: it may run in the middle of a log line, whose locks it would need.
   """
   if threading.current_thread() is not threading.main_thread():
-    yield lambda step: False  # only the main thread may handle signals
+    yield lambda: False  # only the main thread may handle signals
     return
   asked, many = threading.Event(), jax.process_count() > 1
   heard = (signal.SIGINT,) if many else (signal.SIGTERM, signal.SIGINT)
@@ -300,7 +292,7 @@ def _stop_signals() -> Iterator[Callable[[int], bool]]:
   for s in before:
     signal.signal(s, ask)
   try:
-    yield processes.reached_preemption if many else lambda step: asked.is_set()
+    yield processes.stop_asked if many else asked.is_set
   finally:
     for s, handler in before.items():
       signal.signal(s, handler)
