@@ -30,6 +30,7 @@ from msjax.decoding.prepared import Unrolled
 from msjax.errors import InputError, RunError
 from msjax.hub.names import STREAM_EMBEDDING, read_params
 from msjax.streams import HOLE, Stream, Streams
+from msjax.training.checkpoint import placed
 from msjax.training.state import Learner, TrainState
 
 _STREAMS = flags.DEFINE_integer("streams", 10, "streams of the model", 1)
@@ -63,7 +64,7 @@ class Msjax:
   def __init__(self, streams: Streams, weights: dict[str, np.ndarray], tokens: np.ndarray):
     """Takes over Hugging Face weights; `tokens` int32 [B, R, S] are what is trained on."""
     learner = Learner(Config(model=MODEL, optim=OPTIM), streams, VOCAB)
-    like = jax.eval_shape(learner.init, jax.random.key(0)).params
+    like = placed(jax.eval_shape(learner.init, jax.random.key(0)).params)
     params = jax.tree.map(jnp.asarray, read_params(weights, like))
     self._model = Unrolled.of(learner.model(params))
     # A step gives its state's memory away; the decoder keeps the parameters it has.
