@@ -21,10 +21,16 @@ from msjax.models.layers import product, rope_angles
 from msjax.sharding import Residual
 from msjax.streams import HOLE, Streams
 
+
+def _all_but_weights(primitive, *_, name="", **params):
+  """Keeps all but weights from other chips: what is named so, and the call that fetches it."""
+  return name != "weights" and primitive.name != "custom_vjp_call"
+
+
 # What the backward pass finds, by the names that the parts of a layer give to what they make.
 _saved = jax.checkpoint_policies.save_only_these_names
 REMAT = {
-  "none": jax.checkpoint_policies.save_anything_except_these_names("weights"),
+  "none": _all_but_weights,
   "dots": _saved("qkv", "attention", "out", "gate", "up", "down"),
   "qkv": _saved("qkv", "attention"),
   "attention": _saved("attention"),
@@ -64,7 +70,8 @@ class Attention(nnx.Module):
   def __call__(self, x: jax.Array, attend: api.Attend, residual: Residual) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
     flat = lambda w: w[...].reshape(len(w), -1)
-    qkv = product(0, residual.whole(x), (flat(self.q), flat(self.k), flat(self.v)))
+    x = checkpoint_name(residual.whole(x), "cells")
+    qkv = product(0, x, (flat(self.q), flat(self.k), flat(self.v)))
     q, k, v = (
       _plus(heads, bias)
       for heads, bias in zip(
@@ -103,7 +110,7 @@ class Mlp(nnx.Module):
 
   def __call__(self, x: jax.Array, residual: Residual) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
-    x = residual.whole(x)
+    x = checkpoint_name(residual.whole(x), "cells")
     gate = _plus(checkpoint_name(product(0, x, (self.gate[...],)), "gate"), self.gate_bias)
     up = _plus(checkpoint_name(product(0, x, (self.up[...],)), "up"), self.up_bias)
     down = product(1, jax.nn.silu(gate) * up, (self.down[...],))
