@@ -56,7 +56,8 @@ class ModelConfig:
   attention_dropout: float = 0.0
   # What is kept for the backward pass, which computes the rest again: none: keeps all but weights
   # from other chips; dots: products and attention; qkv: those of the projections, and attention;
-  # attention: its outputs; full: nothing; auto: the first from dots on that fits into memory.
+  # attention: its outputs; full: nothing; auto: the first from dots on that the compiler finds to
+  # fit into memory, which it tells on TPU alone; elsewhere dots.
   remat: str = "auto"
   dtype: str = "auto"  # of activations: float32, bfloat16; auto: float32 on CPU, else bfloat16
 
@@ -137,7 +138,8 @@ class MeshConfig:
   """How the chips of a run are used; their product is the number of chips.
 
   `fsdp` cuts parameters, optimizer and batch; `data` the batch alone, for more chips than that is
-  good for; `model` heads and MLP, for fewer sequences than chips.
+  good for; `model` heads and MLP, for fewer sequences than chips. Where `fsdp` is more than 1,
+  gradients of matrices are summed over its chips in the dtype of activations.
   """
 
   slices: int = 1  # TPU slices, joined by the slower data-centre network: the batch is cut

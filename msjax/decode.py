@@ -32,12 +32,15 @@ def main(_) -> None:
   if not _WORKDIR.value:
     raise InputError("--workdir: not given; expected the work directory of a trained run")
   at = [_placed(text) for text in _AT.value]
-  mesh = sharding.decode_mesh(_MODEL_CHIPS.value, jax.devices()[: _MODEL_CHIPS.value])
-  with jax.set_mesh(mesh):
+  chips, devices = _MODEL_CHIPS.value, jax.devices()
+  if chips > len(devices):
+    raise InputError(f"--model_chips: {chips}; there are {len(devices)}")
+  with jax.set_mesh(sharding.decode_mesh(chips, devices[:chips])):
     _decode(at)
 
 
 def _decode(at: list[tuple[int, str, str]]) -> None:
+  """Loads the model onto the mesh in use, and prints."""
   model = msjax.load(_WORKDIR.value, step=_STEP.value)
   rows = model.generate(
     {} if _USER.value is None else {"user": _USER.value},

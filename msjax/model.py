@@ -15,6 +15,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from msjax import sharding
 from msjax.config import Config, LossConfig
 from msjax.decoding.generate import FREE, Decoder, decode
 from msjax.decoding.prepared import prepare
@@ -298,6 +299,7 @@ def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
     return Model(found.config, found.streams, found.tokenizer, found.params)
   directory = WorkDir(directory)
   config, streams, tokenizer = directory.config(), directory.streams(), directory.tokenizer()
+  sharding.check_sessions(config.model, 1)
   learner = Learner(config, streams, tokenizer.vocab_size)
   abstract = learner.abstract().params
   return Model(config, streams, tokenizer, load_params(directory.checkpoints, abstract, step))

@@ -44,6 +44,8 @@ def specs(tree: Any) -> Any:
     if not leaf.ndim:  # of no parameter: a count
       return sharding.spec()
     names = [name for key in path if (name := _name(key)) in _AXES]
+    if not names:
+      raise ValueError(f"{jax.tree_util.keystr(path)}: no parameter of this name is known; list it")
     axes = _AXES[names[-1]]
     return sharding.spec(*[None] * (leaf.ndim - len(axes)), *axes)
 

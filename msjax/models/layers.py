@@ -1,4 +1,4 @@
-"""The pieces of a layer: matrix product, angles of rotary positions."""
+"""The pieces of a layer: matrix products, angles of rotary positions."""
 
 import functools
 import math
@@ -13,8 +13,8 @@ from msjax.config import RopeScaling
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(cut: int, x: jax.Array, matrices: tuple[jax.Array, ...]) -> jax.Array:
-  """[..., D] x [D, F1], [D, F2], ... -> [..., F1 + F2 + ...] in x's dtype.
+def products(cut: int, x: jax.Array, matrices: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+  """[..., D] x [D, F] for each of some matrices, in x's dtype.
 
   Matrices are cast first; where `fsdp` cuts their axis `cut`, they are then fetched together, and
   their gradients are summed over chips in x's dtype, otherwise in their own. What is fetched is
@@ -23,36 +23,39 @@ def product(cut: int, x: jax.Array, matrices: tuple[jax.Array, ...]) -> jax.Arra
   The matrix's gradient is written x^T g. JAX's own (g^T x)^T makes XLA on CPU transpose g together
   with all that g is computed from, which takes as long as the product.
   """
-  return _product(x, _fetched(cut, x.dtype, matrices))
+  return _products(x, _fetched(cut, x.dtype, matrices), matrices)
 
 
 def _fetched(cut, dtype, matrices):
-  """Matrices for x: side by side where they come from other chips, for that is one exchange."""
+  """Matrices for x; one side by side where they come from other chips, for that is one exchange."""
   cast = [matrix.astype(dtype) for matrix in matrices]
   if sharding.size("embed") > 1:
     cast = [sharding.gather(jnp.concatenate(cast, axis=1), "embed", cut)]
   return [checkpoint_name(matrix, "weights") for matrix in cast]
 
 
-def _product(x, fetched):
-  return jnp.concatenate([x @ matrix for matrix in fetched], axis=-1)
+def _products(x, fetched, matrices):
+  if len(fetched) == len(matrices):
+    return tuple(x @ matrix for matrix in fetched)
+  return tuple(_split(x @ fetched[0], matrices))
 
 
-def _product_saving(cut, x, matrices):
+def _products_saving(cut, x, matrices):
   fetched = _fetched(cut, x.dtype, matrices)
-  return _product(x, fetched), (x, fetched, matrices)
+  return _products(x, fetched, matrices), (x, fetched, matrices)
 
 
-def _product_gradients(cut, saved, g):
+def _products_gradients(cut, saved, g):
   x, fetched, matrices = saved
   flat = lambda a: a.reshape(-1, a.shape[-1])
-  x_flat, parts = flat(x), _split(g, fetched)
-  d_x = sum(part @ matrix.T for part, matrix in zip(parts, fetched))
+  if len(fetched) < len(matrices):
+    g = [jnp.concatenate(g, axis=-1)]
+  d_x = sum(part @ matrix.T for part, matrix in zip(g, fetched))
   if sharding.size("embed") > 1:
-    gradients = _split(_scattered(cut, x_flat, flat(g)), matrices)
+    gradients = _split(_scattered(cut, flat(x), flat(g[0])), matrices)
   else:
     summed = functools.partial(jnp.matmul, preferred_element_type=matrices[0].dtype)
-    gradients = [summed(x_flat.T, flat(part)) for part in parts]
+    gradients = [summed(flat(x).T, flat(part)) for part in g]
   return d_x, tuple(gradient.astype(matrices[0].dtype) for gradient in gradients)
 
 
@@ -70,7 +73,7 @@ def _split(x, matrices):
   return jnp.split(x, ends, axis=-1)
 
 
-product.defvjp(_product_saving, _product_gradients)
+products.defvjp(_products_saving, _products_gradients)
 
 
 def rope_angles(

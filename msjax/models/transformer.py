@@ -9,7 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -17,7 +16,7 @@ from msjax import sharding
 from msjax.config import ModelConfig
 from msjax.kernels import api
 from msjax.kernels.rotary import Turn, rms_norm
-from msjax.models.layers import product, rope_angles
+from msjax.models.layers import products, rope_angles
 from msjax.sharding import Residual
 from msjax.streams import HOLE, Streams
 
@@ -69,30 +68,18 @@ class Attention(nnx.Module):
 
   def __call__(self, x: jax.Array, attend: api.Attend, residual: Residual) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
-    flat = lambda w: w[...].reshape(len(w), -1)
     x = checkpoint_name(residual.whole(x), "cells")
-    qkv = product(0, x, (flat(self.q), flat(self.k), flat(self.v)))
+    matrices = self.q, self.k, self.v
+    made = products(0, x, tuple(w[...].reshape(len(w), -1) for w in matrices))
     q, k, v = (
-      _plus(heads, bias)
-      for heads, bias in zip(
-        _split(checkpoint_name(qkv, "qkv"), (self.q, self.k, self.v)),
-        (self.q_bias, self.k_bias, self.v_bias),
-      )
+      _plus(checkpoint_name(y, "qkv").reshape(*x.shape[:2], *w.shape[1:]), bias)
+      for y, w, bias in zip(made, matrices, (self.q_bias, self.k_bias, self.v_bias))
     )
     scales = (None if norm is None else norm[...] for norm in (self.q_norm, self.k_norm))
     attended = attend(q, k, v, *scales)
-    out = product(
-      1, attended.reshape(*attended.shape[:2], -1), (self.out[...].reshape(-1, self.out.shape[-1]),)
-    )
+    matrix = self.out[...].reshape(-1, self.out.shape[-1])
+    (out,) = products(1, attended.reshape(*attended.shape[:2], -1), (matrix,))
     return _plus(checkpoint_name(residual.part(out), "out"), self.out_bias)
-
-
-def _split(x, matrices):
-  """[B, L, heads * H] -> [B, L, heads, H] for each of the matrices [D, heads, H] side by side."""
-  shapes = [matrix.shape[1:] for matrix in matrices]
-  ends = np.cumsum([math.prod(shape) for shape in shapes])[:-1]
-  parts = jnp.split(x, ends, axis=-1)
-  return [part.reshape(*part.shape[:2], *shape) for part, shape in zip(parts, shapes)]
 
 
 class Mlp(nnx.Module):
@@ -111,9 +98,10 @@ class Mlp(nnx.Module):
   def __call__(self, x: jax.Array, residual: Residual) -> jax.Array:
     """[B, L, D] -> [B, L, D]."""
     x = checkpoint_name(residual.whole(x), "cells")
-    gate = _plus(checkpoint_name(product(0, x, (self.gate[...],)), "gate"), self.gate_bias)
-    up = _plus(checkpoint_name(product(0, x, (self.up[...],)), "up"), self.up_bias)
-    down = product(1, jax.nn.silu(gate) * up, (self.down[...],))
+    (gate,), (up,) = (products(0, x, (w[...],)) for w in (self.gate, self.up))
+    gate = _plus(checkpoint_name(gate, "gate"), self.gate_bias)
+    up = _plus(checkpoint_name(up, "up"), self.up_bias)
+    (down,) = products(1, jax.nn.silu(gate) * up, (self.down[...],))
     return _plus(checkpoint_name(residual.part(down), "down"), self.down_bias)
 
 
@@ -216,7 +204,9 @@ class Transformer(nnx.Module):
     streams = self.streams
     ids = sharding.part(streams.to_attention(jnp.maximum(tokens, 0)), "cells", 1)
     asked = sharding.gather(ids, "width", 0)
-    columns = self.embed[...].at[asked].get(mode="promise_in_bounds").astype(self.dtype)
+    columns = self.embed[...].at[asked].get(mode="promise_in_bounds")
+    if sharding.size("width") > 1:
+      columns = columns.astype(self.dtype)  # half the bytes on the wires
     x = sharding.exchange(columns, "width", cut=0, join=2)
     return self.with_streams(x, sharding.part(jnp.arange(tokens[0].size), "cells", 0))
 

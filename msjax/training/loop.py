@@ -239,9 +239,11 @@ def _finish(
   checkpoints.wait()  # the one in flight is good, and may take the place of an older one
   names = [source.record_id(int(i)) for i in np.unique(running.records) if i >= 0]
   listed = ", ".join(names[:32]) + (f" and {len(names) - 32} more" if len(names) > 32 else "")
+  here = f" in process {jax.process_index()}" if jax.process_count() > 1 else ""
   raise RunError(
     f"step {running.step}: loss {values['loss']}, gradient norm {values['gradient_norm']}; "
-    f"last good checkpoint: {checkpoints.latest_path()}; the batch's records: {listed}"
+    f"last good checkpoint: {checkpoints.latest_path()}; the batch's records"
+    f"{here}: {listed}"
   )
 
 
