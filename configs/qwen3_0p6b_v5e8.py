@@ -1,13 +1,17 @@
-"""Qwen3-0.6B with the paper's ten streams on a v5e-8 slice, 8 chips.
+"""Qwen3-0.6B with the paper's ten streams on a v5e-8 slice.
 
 It starts from `runs/qwen3-0.6b`, made by `python -m msjax.import_hf --from=Qwen/Qwen3-0.6B
 --streams=user --to=runs/qwen3-0.6b`, and reads grids of ten streams (docs/data.md).
 
-  slice     v5e-8 (v5e:2x4)
-  memory    MEMORY
+  machine   v5e-8 (v5e:2x4), 8 chips
+  memory    9.2 of 15.8 GiB a chip: 0.8 stay, 8.4 for a step
   tokens    81,920 a step: 16 sequences of 512 rows x 10 streams
+  time      0.4 s a step in XLA's operations, as the compiler estimates them; attention
+            and what chips wait for each other come on top
+  result    not trained yet
   compile   python -m msjax.compile --config=configs/qwen3_0p6b_v5e8.py --topology=v5e:2x4
-  train     launch/, docs/pods.md
+  command   python -m msjax.train --config=configs/qwen3_0p6b_v5e8.py
+            on every machine of the slice: docs/pods.md
 """
 
 from msjax.config import Config, DataConfig, OptimConfig, TrainConfig

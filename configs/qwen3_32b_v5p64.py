@@ -1,13 +1,17 @@
-"""Qwen3-32B with the paper's ten streams on a v5p-64 slice, 32 chips.
+"""Qwen3-32B with the paper's ten streams on a v5p-64 slice.
 
 It starts from `runs/qwen3-32b`, made by `python -m msjax.import_hf --from=Qwen/Qwen3-32B
 --streams=user --to=runs/qwen3-32b`, and reads grids of ten streams (docs/data.md).
 
-  slice     v5p-64 (v5p:2x4x4)
-  memory    MEMORY
+  machine   v5p-64 (v5p:2x4x4), 32 chips
+  memory    33.3 of 95.7 GiB a chip: 11.5 stay, 21.8 for a step
   tokens    163,840 a step: 32 sequences of 512 rows x 10 streams
+  time      3.6 s a step in XLA's operations, as the compiler estimates them; attention
+            and what chips wait for each other come on top
+  result    not trained yet
   compile   python -m msjax.compile --config=configs/qwen3_32b_v5p64.py --topology=v5p:2x4x4
-  train     launch/, docs/pods.md
+  command   python -m msjax.train --config=configs/qwen3_32b_v5p64.py
+            on every machine of the slice: docs/pods.md
 """
 
 from msjax.config import Config, DataConfig, OptimConfig, TrainConfig

@@ -1,13 +1,17 @@
-"""Qwen3-8B with the paper's ten streams on a v5p-16 slice, 8 chips.
+"""Qwen3-8B with the paper's ten streams on a v5p-16 slice.
 
 It starts from `runs/qwen3-8b`, made by `python -m msjax.import_hf --from=Qwen/Qwen3-8B
 --streams=user --to=runs/qwen3-8b`, and reads grids of ten streams (docs/data.md).
 
-  slice     v5p-16 (v5p:2x2x2)
-  memory    MEMORY
+  machine   v5p-16 (v5p:2x2x2), 8 chips
+  memory    31.8 of 95.7 GiB a chip: 11.4 stay, 20.3 for a step
   tokens    40,960 a step: 8 sequences of 512 rows x 10 streams
+  time      0.84 s a step in XLA's operations, as the compiler estimates them; attention
+            and what chips wait for each other come on top
+  result    not trained yet
   compile   python -m msjax.compile --config=configs/qwen3_8b_v5p16.py --topology=v5p:2x2x2
-  train     launch/, docs/pods.md
+  command   python -m msjax.train --config=configs/qwen3_8b_v5p16.py
+            on every machine of the slice: docs/pods.md
 """
 
 from msjax.config import Config, DataConfig, OptimConfig, TrainConfig

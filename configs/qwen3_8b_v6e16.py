@@ -1,13 +1,17 @@
-"""Qwen3-8B with the paper's ten streams on a v6e-16 slice, 16 chips.
+"""Qwen3-8B with the paper's ten streams on a v6e-16 slice.
 
 It starts from `runs/qwen3-8b`, made by `python -m msjax.import_hf --from=Qwen/Qwen3-8B
 --streams=user --to=runs/qwen3-8b`, and reads grids of ten streams (docs/data.md).
 
-  slice     v6e-16 (v6e:4x4)
-  memory    MEMORY
+  machine   v6e-16 (v6e:4x4), 16 chips
+  memory    14.1 of 31.2 GiB a chip: 5.7 stay, 8.4 for a step
   tokens    81,920 a step: 16 sequences of 512 rows x 10 streams
+  time      0.6 s a step in XLA's operations, as the compiler estimates them; attention
+            and what chips wait for each other come on top
+  result    not trained yet
   compile   python -m msjax.compile --config=configs/qwen3_8b_v6e16.py --topology=v6e:4x4
-  train     launch/, docs/pods.md
+  command   python -m msjax.train --config=configs/qwen3_8b_v6e16.py
+            on every machine of the slice: docs/pods.md
 """
 
 from msjax.config import Config, DataConfig, OptimConfig, TrainConfig

@@ -123,7 +123,7 @@ def _collectives(report: aot.Report) -> Table:
   for c in sorted(report.collectives, key=lambda c: -c.bytes * c.count):
     where = f"{'in' if c.in_loop else 'outside'} a loop{', meanwhile' if c.asynchronous else ''}"
     total = c.bytes * c.count / _GIB
-    if total >= 0.005:
+    if total >= 0.05:
       table.add_row(
         *(c.kind, str(c.group), where, f"{c.count:,}"), f"{c.bytes / _MIB:.1f}", f"{total:.2f}"
       )
