@@ -219,7 +219,7 @@ def sync(name: str, timeout: float = 600) -> None:
   if client is None:
     return
   try:
-    client.wait_at_barrier(f"msjax/{name}", int(timeout * 1000))
+    client.wait_at_barrier(f"msjax/{name}/{next(_calls)}", int(timeout * 1000))
   except jax.errors.JaxRuntimeError as error:
     reason = str(error).splitlines()[0]
     raise RunError(f"{name}: waited {timeout:g} s for the other processes: {reason}") from error
@@ -249,7 +249,7 @@ def first_does(name: str, act: Callable[[], str], timeout: float = 600) -> str:
 
 
 def agree(name: str, values: Mapping[str, Any]) -> None:
-  """Checks that all processes have the same values.
+  """Returns when all processes have found that they have the same values.
 
   Args:
     name: of them all.
@@ -257,7 +257,7 @@ def agree(name: str, values: Mapping[str, Any]) -> None:
 
   Raises:
     InputError: this process has others than process 0.
-    RunError: process 0 was not heard of in time.
+    RunError: not all were heard of in time.
   """
   theirs = json.loads(first_does(name, lambda: json.dumps(values)))
   ours = json.loads(json.dumps(values))
@@ -267,6 +267,7 @@ def agree(name: str, values: Mapping[str, Any]) -> None:
       f"{what}: {here!r} in process {jax.process_index()}, {there!r} in process 0; expected the "
       "same in all"
     )
+  sync(name)
 
 
 def _difference(name: str, here: Any, there: Any) -> tuple[str, Any, Any] | None:
