@@ -44,7 +44,8 @@ class Alarm:
     if error is None or isinstance(error, Stopped):
       return
     status = getattr(error, "exit_status", 1)
-    what = str(error) if isinstance(error, InputError | RunError) else repr(error)
+    told = isinstance(error, InputError | RunError | OSError)  # by commands, in a line
+    what = str(error) if told else repr(error)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # one has rung already
       word = {"status": status, "what": f"{self._me}: {what}"}
       self._service.client.key_value_set(_KEY, json.dumps(word))

@@ -21,6 +21,7 @@ COMMAND = """
 import os, pathlib, sys, time
 from absl import logging
 from msjax import cli, processes
+from msjax.errors import InputError
 
 def main(_):
   with processes.joined():
@@ -155,9 +156,116 @@ def test_a_signal_to_one_process_stops_all_at_the_same_step():
     assert [running.wait() for running, _ in (first, second)] == [0, 0]
 
 
+TOGETHER = """
+  print(processes.first_does("word", lambda: f"of {{jax.process_index()}}"))
+  processes.agree("alike", {{"a": {{"b": (1, 2)}}}})
+  print("agreed", flush=True)
+  if jax.process_index() == {wrong}:
+    {does}
+  processes.sync("never")
+"""
+
+
+@pytest.mark.parametrize(
+  "wrong, does, status, line",
+  [
+    (1, "raise InputError('x: 1; expected 2')", 2, "x: 1; expected 2"),
+    (0, "processes.first_does('it', lambda: open('/').close())", 1, "[Errno 21] Is a dir"),
+    (1, "1 / 0", 1, "ZeroDivisionError"),
+  ],
+)
+def test_processes_do_things_together_until_one_fails(wrong, does, status, line):
+  port, then = free_port(), TOGETHER.format(wrong=wrong, does=does)
+  with command(port, 0, then=then) as first, command(port, 1, then=then) as second:
+    for process, running in enumerate((first, second)):
+      lines, ended_with = ended(*running)
+      said = complaints("\n".join(lines))
+      assert said[1:3] == ["of 0", "agreed"] and ended_with == status, lines
+      if process == wrong:
+        assert line in said[-1]
+      else:
+        assert said[3].startswith(f"-c: error: process {wrong} (host ") and line in said[3]
+        assert len(said) == 4
+
+
+class Others:
+  """Process 0 as another sees it, by what it has said."""
+
+  def __init__(self, word=None):
+    self.word = word
+
+  def blocking_key_value_get(self, key, milliseconds):
+    if self.word is None:
+      raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED")
+    return self.word
+
+  def wait_at_barrier(self, name, milliseconds):
+    pass
+
+
+@pytest.fixture
+def process_0(monkeypatch):
+  """A function that sets what process 0 says; this is another one."""
+  monkeypatch.setattr(processes, "is_first", lambda: False)
+  monkeypatch.setattr(jax, "process_index", lambda: 3)
+  state = processes.distributed.global_state
+  return lambda word=None: monkeypatch.setattr(state, "client", Others(word))
+
+
+def test_what_the_first_does_is_heard_and_not_done_again(process_0):
+  process_0("token")
+  assert processes.first_does("it", lambda: 1 / 0) == "token"
+
+
+def test_who_does_not_hear_of_process_0_says_so(process_0):
+  process_0()
+  with pytest.raises(RunError, match=r"^it: waited 2 s for process 0$"):
+    processes.first_does("it", str, timeout=2)
+
+
+VALUES = {"a": 1, "b": {"c": (1, 2), "d": None}}
+
+
+def test_the_same_values_agree_whatever_their_order(process_0):
+  process_0('{"b": {"d": null, "c": [1, 2]}, "a": 1}')
+  processes.agree("it", VALUES)
+
+
+@pytest.mark.parametrize(
+  "theirs, line",
+  [
+    ('{"a": 2, "b": {"c": [1, 2], "d": null}}', "it.a: 1 in process 3, 2 in process 0; expected"),
+    ('{"a": 1, "b": {"c": [1], "d": null}}', r"it.b.c: \[1, 2\] in process 3, \[1\] in process 0"),
+    ('{"a": 1, "b": {"c": [1, 2], "d": null, "e": "x"}}', "it.b.e: None in process 3, 'x' in"),
+    ('{"a": 1, "b": 5}', r"it.b: \{'c': \[1, 2\], 'd': None\} in process 3, 5 in process 0"),
+  ],
+)
+def test_the_first_values_that_differ_are_named(process_0, theirs, line):
+  process_0(theirs)
+  with pytest.raises(InputError, match=line):
+    processes.agree("it", VALUES)
+
+
+def test_a_stop_is_asked_for_by_numbers_that_orbax_does_not_disturb(monkeypatch):
+  asked = []
+
+  class Service:
+    def reached_sync_point(self, number):
+      asked.append(number)
+      return number == 3
+
+  service = processes._Preemption(Service())
+  monkeypatch.setattr(processes.distributed.global_state, "preemption_sync_manager", service)
+  assert not service.reached_sync_point(1000)
+  assert [processes.stop_asked() for _ in range(4)] == [False, False, True, False]
+  assert asked == [1, 2, 3, 4]
+
+
 def test_a_process_that_is_alone_waits_for_nobody():
   assert processes.is_first()
   processes.sync("nobody else")
+  assert processes.first_does("it", lambda: "done") == "done"
+  processes.agree("it", {"a": 1})
   assert not processes.stop_asked()
 
 
@@ -167,7 +275,7 @@ def test_who_does_not_come_to_a_barrier_is_waited_for_in_vain(monkeypatch):
       raise jax.errors.JaxRuntimeError(f"{name} timed out after {milliseconds}.\nAnd more.")
 
   monkeypatch.setattr(processes.distributed.global_state, "client", Client())
-  with pytest.raises(RunError, match=r"^saved: waited 2 s .*: msjax/saved timed out after 2000.$"):
+  with pytest.raises(RunError, match=r"^saved: waited 2 s .*: msjax/saved/\d+ timed out after 2000.$"):
     processes.sync("saved", timeout=2)
 
 
