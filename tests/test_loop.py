@@ -340,7 +340,7 @@ def test_every_part_of_a_run_is_booked_and_what_may_take_long_is_no_stall(tmp_pa
     act = getattr(owner, name)
 
     def noted(*args, **options):
-      watched = "Watchdog" in made and made["Watchdog"]._since is not None
+      watched = "Watchdog" in made and made["Watchdog"]._patience == 1
       seen[name] = made["Goodput"]._activity, watched
       return act(*args, **options)
 

@@ -275,7 +275,9 @@ def test_who_does_not_come_to_a_barrier_is_waited_for_in_vain(monkeypatch):
       raise jax.errors.JaxRuntimeError(f"{name} timed out after {milliseconds}.\nAnd more.")
 
   monkeypatch.setattr(processes.distributed.global_state, "client", Client())
-  with pytest.raises(RunError, match=r"^saved: waited 2 s .*: msjax/saved/\d+ timed out after 2000.$"):
+  with pytest.raises(
+    RunError, match=r"^saved: waited 2 s .*: msjax/saved/\d+ timed out after 2000.$"
+  ):
     processes.sync("saved", timeout=2)
 
 

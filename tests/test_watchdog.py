@@ -91,24 +91,28 @@ def test_the_next_stall_is_told_again_and_the_first_is_kept(watchdog, passes):
   assert stalls(watchdog) == 2
 
 
-def test_nobody_barks_while_paused(watchdog, passes):
+def test_what_takes_longer_than_a_step_may_take_ten_times_as_long(watchdog, passes):
   passes(59)
-  with watchdog.paused():
-    with watchdog.paused():
-      passes(1000)
+  with watchdog.patient():
+    with watchdog.patient():
+      passes(599)
+      watchdog.check()
+    passes(599)
     watchdog.check()
-    passes(1000)
-    watchdog.check()
-  passes(59)  # counts from the end of the pause
+  passes(59)  # counts from the end of the block
   watchdog.check()
   assert stalls(watchdog) == 0
-  passes(1)
+  with watchdog.patient():
+    passes(600)
+    watchdog.check()
+    assert stalls(watchdog) == 1
+  passes(60)
   watchdog.check()
-  assert stalls(watchdog) == 1
+  assert stalls(watchdog) == 2
 
 
-def test_a_pause_ends_with_an_error_too(watchdog, passes):
-  with pytest.raises(ZeroDivisionError), watchdog.paused():
+def test_patience_ends_with_an_error_too(watchdog, passes):
+  with pytest.raises(ZeroDivisionError), watchdog.patient():
     raise ZeroDivisionError
   passes(60)
   watchdog.check()

@@ -118,20 +118,20 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
   with (
     Goodput(workdir.goodput, began) as goodput,
     Checkpoints(workdir.checkpoints, t.keep) as checkpoints,
+    Watchdog(workdir.stalls / f"process{jax.process_index()}.txt", t.stall_seconds) as watchdog,
     _stop_signals() as stop_asked,
   ):
-    state = first_state(learner, checkpoints, batches, data.tokenizer)
+    with watchdog.patient():
+      state = first_state(learner, checkpoints, batches, data.tokenizer)
     start = int(state.step)
     goodput.go_on(start)
     if start >= t.steps:
       logging.info("all %d steps are taken; more by a larger --config.train.steps", start)
     best = checkpoints.best_loss
     trained = [s.name for s in data.streams.streams if s.weight]
-    stacks = workdir.stalls / f"process{jax.process_index()}.txt"
     path, peak = workdir.metrics if first else None, peak_flops(jax.devices())
     with (
       Metrics(path, start, t.steps, t.log_every, trained, peak) as metrics,
-      Watchdog(stacks, t.stall_seconds) as watchdog,
       Trace(workdir.profile, t.profile_first_step, t.profile_last_step) as trace,
     ):
       clocks = _Clocks(metrics, goodput, watchdog)
@@ -147,7 +147,7 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
         records = ours.pop("record")
         batch = sharding.joined(ours, 1, sequences)
         if take_step is None:
-          with goodput.span("compile"), watchdog.paused():
+          with goodput.span("compile"), watchdog.patient():
             if compiled:
               remat, take_step = stored.load(compiled, learner)
             else:
@@ -167,7 +167,7 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
         valid_loss, is_best = None, False
         if evaluate_now:
           running = finish(running)  # only a state whose own step was finite is evaluated or saved
-          with goodput.span("evaluation"), watchdog.paused():
+          with goodput.span("evaluation"), watchdog.patient():
             scores = evaluate(learner, state.params, data.valid)
           metrics.write("valid", step, scores)
           valid_loss = scores["loss"]
@@ -183,16 +183,16 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
         stopping = stop_asked()  # once a step: who is told that the run is saved, has it saved
         if save_now or is_best or stopping:
           running = finish(running)
-          with goodput.span("saves"), watchdog.paused():
+          with goodput.span("saves"), watchdog.patient():
             checkpoints.save(step, state, batches, valid_loss)
           goodput.saved(step)
         if stopping:
           logging.info("stopped by a signal: saving step %d", step)
-          with goodput.span("saves"), watchdog.paused():
+          with goodput.span("saves"), watchdog.patient():
             checkpoints.wait()
           raise Stopped(f"by a signal, saved at step {step}; run again to go on")
       seconds = metrics.seconds
-    with goodput.span("saves"):
+    with goodput.span("saves"), watchdog.patient():
       checkpoints.wait()
     if stop_asked():  # asked for while the last step was being saved
       raise Stopped(f"by a signal, saved at step {t.steps}; run again to go on")

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from absl import logging
 
 _CHECKS = 8  # in the time that is too long
+_PATIENCE = 10  # times as long for what takes longer than a step
 
 
 class Watchdog:
@@ -29,7 +30,7 @@ class Watchdog:
     """
     self.path, self.seconds = path, seconds
     self._step = 0
-    self._since: float | None = time.monotonic()  # None: paused
+    self._since, self._patience = time.monotonic(), 1
     self._told: float | None = None  # of the stall that began then
     self._done = threading.Event()
     self._thread = threading.Thread(target=self._watch, name="stall watchdog", daemon=True)
@@ -51,18 +52,19 @@ class Watchdog:
     self._step, self._since = step, time.monotonic()
 
   @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """No step is expected to end in this block, such as one that compiles, evaluates or saves."""
-    before, self._since = self._since, None
+  def patient(self) -> Iterator[None]:
+    """No step is expected to end in this block, such as one that compiles, evaluates or saves, and
+    ten times as long is not yet too long."""
+    before, self._patience, self._since = self._patience, _PATIENCE, time.monotonic()
     try:
       yield
     finally:
-      self._since = None if before is None else time.monotonic()
+      self._patience, self._since = before, time.monotonic()
 
   def check(self) -> None:
     """Tells of a stall if there is one that has not been told of."""
     since, now = self._since, time.monotonic()
-    if since in (None, self._told) or now - since < self.seconds:
+    if since == self._told or now - since < self._patience * self.seconds:
       return
     self._told = since
     stall = f"no step has ended for {now - since:.0f} s, the last one was step {self._step}"
