@@ -14,8 +14,7 @@ from typing import Any
 
 import jax
 
-from msjax import cli
-from msjax.errors import InputError, RunError, Stopped
+from msjax.errors import InputError, RunError, Stopped, complain
 
 _KEY = "msjax/alarm"
 _LOOK_SECONDS = 1
@@ -57,7 +56,7 @@ class Alarm:
     while not self._done.wait(_LOOK_SECONDS):
       with contextlib.suppress(jax.errors.JaxRuntimeError):  # nobody has rung
         word = json.loads(self._service.client.key_value_try_get(_KEY))
-        cli.complain(f"error: {word['what']}")
+        complain(f"error: {word['what']}")
         self._part()
         _end(word["status"])
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from msjax.errors import InputError, RunError, nearest
+from msjax.errors import InputError, RunError, complain, nearest
 
 _FAILED = 1  # exit status
 _INTERRUPTED, _BROKEN_PIPE = 130, 141  # as of a shell
@@ -87,14 +87,3 @@ def _log_plainly() -> None:
       or (record.levelno >= std_logging.ERROR and not record.exc_info)
     )
   )
-
-
-def complain(message: str) -> None:
-  """Prints a line on stderr: the command's name and a message."""
-  print(f"{_program()}: {message}".replace("\n", " "), file=sys.stderr, flush=True)
-
-
-def _program() -> str:
-  """Name of the command as `python -m` takes it."""
-  spec = sys.modules["__main__"].__spec__
-  return spec.name if spec else os.path.basename(sys.argv[0])

@@ -1,6 +1,8 @@
 """Errors that a command tells in one line: wrong input, and a run that came to grief."""
 
 import difflib
+import os
+import sys
 from collections.abc import Iterable
 
 
@@ -51,3 +53,14 @@ def nearest(word: str, choices: Iterable[str]) -> str:
   """Returns `; did you mean 'x'?` for the choice nearest to `word`, or an empty string."""
   found = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
   return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def complain(message: str) -> None:
+  """Prints a line on stderr: the command's name and a message."""
+  print(f"{_program()}: {message}".replace("\n", " "), file=sys.stderr, flush=True)
+
+
+def _program() -> str:
+  """Name of the command as `python -m` takes it."""
+  spec = sys.modules["__main__"].__spec__
+  return spec.name if spec else os.path.basename(sys.argv[0])
