@@ -97,6 +97,8 @@ def _show(report: aot.Report) -> None:
     facts["XLA's operations"] = f"{report.xla_ms:,.1f} ms, without collectives and kernels"
     facts["memory traffic"] = _traffic(report)
     facts["Pallas kernels"] = ", ".join(report.kernels) or "none"
+  if "slices" in report.mesh:
+    facts["between slices"] = "a sum of all gradients, which is none of the collectives below"
   facts["compiled in"] = f"{report.compile_seconds:.0f} s"
   table = Table(box=None, show_header=False, pad_edge=False)
   for name, fact in facts.items():

@@ -29,7 +29,7 @@ from msjax.training.checkpoint import Checkpoints
 from msjax.training.flops import batch_work, peak_flops, training_flops
 from msjax.training.goodput import Goodput
 from msjax.training.metrics import Metrics
-from msjax.training.state import Learner, Params, summarize
+from msjax.training.state import Learner, Params, TrainState, summarize
 from msjax.training.trace import Trace
 from msjax.training.watchdog import Watchdog
 from msjax.workdir import WorkDir
@@ -99,7 +99,13 @@ def _claimed(config: Config, workdir: WorkDir, data: Data) -> Iterator[str]:
     yield workdir.mark()
 
 
-def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled) -> Trained:
+def _train(
+  config: Config,
+  workdir: WorkDir,
+  data: Data,
+  began: float,
+  compiled: str | os.PathLike | None,
+) -> Trained:
   """Takes the steps that are not taken yet, on the mesh in use."""
   t, first = config.train, processes.is_first()
   learner = Learner(config, data.streams, data.tokenizer.vocab_size)
@@ -168,16 +174,7 @@ def _train(config: Config, workdir: WorkDir, data: Data, began: float, compiled)
         if evaluate_now:
           running = finish(running)  # only a state whose own step was finite is evaluated or saved
           with goodput.span("evaluation"), watchdog.patient():
-            scores = evaluate(learner, state.params, data.valid)
-          metrics.write("valid", step, scores)
-          valid_loss = scores["loss"]
-          if not math.isfinite(valid_loss):
-            checkpoints.wait()
-            raise RunError(
-              f"step {step}: held-out loss {valid_loss}; "
-              f"last good checkpoint: {checkpoints.latest_path()}"
-            )
-          logging.info("step %d  held-out loss %.4f", step, valid_loss)
+            valid_loss = _held_out_loss(learner, state, data.valid, metrics, checkpoints)
           is_best = valid_loss < best
           best = min(valid_loss, best)
         stopping = stop_asked()  # once a step: who is told that the run is saved, has it saved
@@ -245,6 +242,26 @@ def _finish(
     f"last good checkpoint: {checkpoints.latest_path()}; the batch's records"
     f"{here}: {listed}"
   )
+
+
+def _held_out_loss(
+  learner: Learner,
+  state: TrainState,
+  source: Source,
+  metrics: Metrics,
+  checkpoints: Checkpoints,
+) -> float:
+  """Evaluates a state and writes what comes out; a loss that is not finite ends the run."""
+  step, scores = int(state.step), evaluate(learner, state.params, source)
+  metrics.write("valid", step, scores)
+  loss = scores["loss"]
+  if not math.isfinite(loss):
+    checkpoints.wait()
+    raise RunError(
+      f"step {step}: held-out loss {loss}; last good checkpoint: {checkpoints.latest_path()}"
+    )
+  logging.info("step %d  held-out loss %.4f", step, loss)
+  return loss
 
 
 def evaluate(learner: Learner, params: Params, source: Source) -> dict[str, float]:
