@@ -1,11 +1,15 @@
 """Chunked cross-entropy against Optax on all logits at once."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from eight_devices import mesh, on_eight_devices
 
+from msjax import sharding
 from msjax.training import loss
 from msjax.training.loss import Penalties, cross_entropy
 
@@ -26,7 +30,7 @@ def random_cells(seed=0):
 def plain(penalties, hidden, matrix, labels, weights):
   """The weighted sum by Optax, and the cross-entropy of each cell."""
   logits = hidden @ matrix.T
-  target = jax.nn.one_hot(labels, V)
+  target = jax.nn.one_hot(labels, len(matrix))
   entropy = optax.softmax_cross_entropy(logits, target)
   smooth = optax.softmax_cross_entropy(
     logits, optax.smooth_labels(target, penalties.label_smoothing)
@@ -111,3 +115,61 @@ def test_all_logits_are_never_held(monkeypatch, backward):
   ).compile()
   held = compiled.memory_analysis().temp_size_in_bytes
   assert held < 4 * cells * vocab / 8
+
+
+# On chips that share the matrix.
+
+
+def on_chips(sizes, piece_logits, *cells):
+  """As `with_gradients` of the cells of all chips; without gradients; numbers of pieces."""
+  counts, pieces = [], loss._Share.pieces
+
+  def counted(share):
+    counts.append(len(pieces(share)))
+    return pieces(share)
+
+  def on_chip(*cells):
+    (total, entropy), (d_hidden, d_matrix) = with_gradients(cross_entropy, ALL, *cells)
+    d_matrix = sharding.summed_gradients(d_matrix, of_matrix)
+    d_hidden = sharding.total(d_hidden, "vocab")  # each chip has that of its own share
+    return (sharding.total(total, "batch"), entropy), (d_hidden, d_matrix)
+
+  of_cells, of_matrix = sharding.spec("batch"), sharding.spec(None, "width")
+  in_specs = of_cells, of_matrix, of_cells, of_cells
+  with (
+    jax.set_mesh(mesh(**sizes)),
+    mock.patch.object(loss, "_PIECE_LOGITS", piece_logits),
+    mock.patch.object(loss._Share, "pieces", counted),
+  ):
+    out_specs = (sharding.spec(), of_cells), (of_cells, of_matrix)
+    out = jax.jit(sharding.on_chips(on_chip, in_specs, out_specs))(*cells)
+    alone = sharding.on_chips(lambda *cells: cross_entropy(ALL, *cells)[1], in_specs, of_cells)
+    return jax.device_get((*out, jax.jit(alone)(*cells))), set(counts)
+
+
+@pytest.mark.parametrize(
+  ("sizes", "vocab", "pieces"),
+  [
+    ({"fsdp": 8}, 37, {1}),
+    ({"fsdp": 8}, 300, {3}),  # of 128 tokens, the last one of 44
+    ({"fsdp": (2, 2), "model": 2}, 601, {3}),  # the last one of the last chip has none
+    ({"fsdp": 2, "model": 4}, 130, {1}),  # two chips have none
+    ({"fsdp": 1, "model": 8}, 37, set()),
+    ({"data": 4, "model": 2}, 37, set()),
+  ],
+  ids=str,
+)
+def test_chips_that_share_the_matrix_find_the_same(sizes, vocab, pieces):
+  cells, dim = 24, 16
+  rng = np.random.default_rng(0)
+  labels = rng.integers(-1, vocab, cells).astype(np.int32)
+  weights = np.where(labels < 0, 0, rng.random(cells)).astype(np.float32)
+  hidden, matrix = (rng.normal(size=(n, dim)).astype(np.float32) for n in (cells, vocab))
+  all_cells = hidden, matrix, labels, weights
+  (*ours, entropy), counts = on_eight_devices(on_chips, sizes, vocab, *all_cells)
+  theirs = with_gradients(plain, ALL, *all_cells)
+  assert counts == pieces
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5), tuple(ours), theirs
+  )
+  np.testing.assert_allclose(entropy, ours[0][1], rtol=1e-6)

@@ -1,0 +1,146 @@
+"""Decoding on eight devices writes the rows of one."""
+
+import contextlib
+import functools
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from eight_devices import mesh, on_eight_devices
+
+from msjax.config import Config, ModelConfig
+from msjax.decoding.generate import FREE, Decoder, fill
+from msjax.decoding.prepared import prepare
+from msjax.errors import RunError
+from msjax.kernels import api, tpu_decode, xla
+from msjax.streams import HOLE
+from msjax.training.state import Learner
+
+VOCAB, SESSIONS, ROWS = 37, 8, 7
+CONFIG = Config(
+  streams=("user:input", "think:internal", "output:output"),
+  model=ModelConfig(
+    dim=64,
+    layers=2,
+    heads=16,
+    kv_heads=8,
+    head_dim=16,
+    mlp_dim=48,
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    tied_head=False,
+    dtype="float32",
+  ),
+)
+
+
+def random_params(learner):
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(learner.init, jax.random.key(0)).params
+  return jax.tree.map(lambda p: 0.3 * rng.normal(size=p.shape).astype(p.dtype), shapes)
+
+
+def rows(seed=0):
+  """[B, R, S]: what is read, with holes, and what the model writes."""
+  rng = np.random.default_rng(seed)
+  given = rng.integers(0, VOCAB, (SESSIONS, ROWS, 3)).astype(np.int32)
+  given[rng.random(given.shape) < 0.2] = HOLE
+  given[..., 1:][rng.random((SESSIONS, ROWS, 2)) < 0.7] = FREE
+  return given
+
+
+def decode(sizes, changes, *temperatures):
+  """Rows that are written, and the cache after the last, at each temperature."""
+  config, found = CONFIG.changed(changes), []
+  learner = Learner(config, config.stream_set(5), VOCAB)
+  with jax.set_mesh(mesh(**sizes)) if sizes else contextlib.nullcontext():
+    params = learner.begun_with(random_params(learner)).params
+    model = prepare(learner.model(params))
+    for temperature in temperatures:
+      decoder = Decoder(model, SESSIONS, temperature, seed=3, rows=4)
+      written = fill(decoder, rows())
+      found.append((written, jax.device_get(decoder.cache)))
+  return found
+
+
+def decode_in_small_blocks(sizes, changes, *temperatures):
+  """With a cache that grows on the way."""
+  with mock.patch.object(xla, "KEY_BLOCK", 4):
+    return decode(sizes, changes, *temperatures)
+
+
+def decode_by_kernel(sizes, changes, *temperatures):
+  """As on TPU: a scan over layers with the decode kernel, interpreted."""
+  kernel = functools.partial(tpu_decode.attention, interpret=True)
+  with (
+    mock.patch.object(api, "of_rows", lambda *_: "tpu"),
+    mock.patch.object(tpu_decode, "attention", kernel),
+  ):
+    return decode(sizes, changes, *temperatures)
+
+
+def assert_decoded_alike(ours, theirs):
+  for (tokens, cache), (tokens_there, cache_there) in zip(ours, theirs):
+    np.testing.assert_array_equal(tokens, tokens_there)
+    assert jax.tree.structure(cache) == jax.tree.structure(cache_there)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), cache, cache_there)
+
+
+@functools.cache
+def on_one_device():
+  return on_eight_devices(decode, {}, {}, 0.0, 1.0)
+
+
+@pytest.mark.parametrize(
+  "sizes", [{"data": 8}, {"data": 4, "model": 2}, {"data": 2, "model": 4}, {"model": 8}], ids=str
+)
+def test_a_mesh_writes_the_rows_of_one_device(sizes):
+  theirs = on_one_device()
+  assert_decoded_alike(on_eight_devices(decode, sizes, {}, 0.0, 1.0), theirs)
+
+
+def test_the_rows_are_worth_comparing():
+  (likeliest, cache), (drawn, _) = on_one_device()
+  free = rows() == FREE
+  assert len(np.unique(likeliest[free])) > 3 and len(np.unique(drawn[free])) > 16
+  assert np.mean(likeliest[free] != drawn[free]) > 0.5
+  assert not (likeliest[0] == likeliest).all()
+  assert np.abs(cache.k[1]).max() > 0.1
+
+
+def test_with_a_tied_head_and_a_cache_that_grows_it_does_so_too():
+  tied = {"model.tied_head": True}
+  theirs = on_eight_devices(decode_in_small_blocks, {}, tied, 1.0)
+  ours = on_eight_devices(decode_in_small_blocks, {"data": 2, "model": 4}, tied, 1.0)
+  assert ours[0][1].capacity == 24 >= ROWS * 3
+  assert_decoded_alike(ours, theirs)
+
+
+def test_the_decode_kernel_does_so_too():
+  wide = {"model.head_dim": 64}
+  theirs = on_eight_devices(decode_by_kernel, {}, wide, 1.0)
+  ours = on_eight_devices(decode_by_kernel, {"data": 2, "model": 4}, wide, 1.0)
+  assert ours[0][1].k.shape == (2, SESSIONS, 128, 8 * 64)
+  assert_decoded_alike(ours, theirs)
+
+
+def refusal(sizes, token):
+  """What decoding says where the logits of one token are not finite."""
+  learner = Learner(CONFIG, CONFIG.stream_set(5), VOCAB)
+  params = random_params(learner)
+  params["head"][token] = np.nan
+  with jax.set_mesh(mesh(**sizes)):
+    model = prepare(learner.model(learner.begun_with(params).params))
+    try:
+      fill(Decoder(model, SESSIONS), rows())
+    except RunError as error:
+      return str(error)
+  return None
+
+
+@pytest.mark.parametrize("token", [0, VOCAB - 1])
+def test_logits_that_are_not_finite_on_one_chip_are_told(token):
+  message = on_eight_devices(refusal, {"model": 8}, token)
+  assert message == "row 1: logits are not finite; are the parameters?"
