@@ -210,6 +210,14 @@ def placed(shapes: Any, specs: Any) -> Any:
   return jax.tree.map(at, shapes, specs)
 
 
+def put(arrays: Any, specs: Any) -> Any:
+  """Puts arrays on the mesh in use, if any; those that lie there as specs say stay as they are."""
+  mesh = jax.sharding.get_mesh()
+  if mesh.empty:
+    return arrays
+  return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), arrays, specs)
+
+
 def rows_here(count: int) -> list[int]:
   """Returns which of `count` sequences the devices of this process hold; all without a mesh."""
   mesh = jax.sharding.get_mesh()

@@ -77,7 +77,7 @@ def _taken_over(learner: Learner, tokenizer: Tokenizer, other: WorkDir) -> Param
     else:
       logging.info("stream %s is new: its embedding starts random", name)
   logging.info("starting from the parameters of %s", other.path)
-  return {**params, "stream_embed": jax.device_put(embed, of_streams.sharding)}
+  return {**params, "stream_embed": embed}
 
 
 def _shapes(tree) -> dict[str, tuple[int, ...]]:

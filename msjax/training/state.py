@@ -78,7 +78,8 @@ class Learner:
   def begun_with(self, params: Params) -> TrainState:
     """Returns the state at step 0 with these parameters, which are not to be used any more."""
     make = lambda params: TrainState(jnp.zeros((), jnp.int32), params, self.tx.init(params))
-    return sharding.made(make, self._specs, donate_argnums=0)(params)
+    placed = sharding.put(params, self._specs.params)
+    return sharding.made(make, self._specs, donate_argnums=0)(placed)
 
   def fresh_stream_embed(self) -> jax.Array:
     """Returns what `begun` draws for the streams."""
