@@ -155,6 +155,13 @@ def saved(workdir):
   return sorted(int(path.name) for path in workdir.checkpoints.iterdir())
 
 
+def between_checkpoints(workdir, after):
+  """Whether a later one than `after` stands, and none is being written or soon will be."""
+  names = [path.name for path in workdir.checkpoints.glob("*")]
+  whole = all(name.isdigit() for name in names) and any(int(name) > after for name in names)
+  return whole and 5 < metrics(workdir)[-1]["step"] % SAVE_EVERY < 30
+
+
 def finished(places, steps, *words, **options):
   """The work directory of a run that ends well."""
   with Run(places, f"--config.train.steps={steps}", *words, **options) as run:
@@ -363,18 +370,19 @@ def test_what_process_0_alone_finds_wrong_later_ends_all(place):
 
 # Killed.
 
+SAVE_EVERY = 50
+
 
 def test_what_becomes_of_a_run_whose_processes_are_killed(place):
-  often = "--config.train.save_every=5"
+  often = f"--config.train.save_every={SAVE_EVERY}"
   with Run([place] * 2, often, workdir="killed") as run:
-    run.wait_for_step(12)
+    run.wait_until(lambda: between_checkpoints(run.workdir, 0))
     run.processes[1].kill()
     (status, said), _ = run.ended()
     assert status == 1
     (line,) = said
     assert re.match(r"msjax.train: error: another process is gone: .*; run again to go on$", line)
   last = saved(run.workdir)[-1]
-  assert last >= 5
 
   with Run([place] * 2, often, workdir="killed") as run:  # told to stop before it has begun
     run.wait_for_line(1, "work directory")
@@ -385,12 +393,11 @@ def test_what_becomes_of_a_run_whose_processes_are_killed(place):
   assert now > last
 
   with Run([place] * 2, often, workdir="killed") as run:
-    run.wait_for_step(now + 12)
+    run.wait_until(lambda: between_checkpoints(run.workdir, now))
     run.processes[0].kill()  # which JAX needs to tell the others
     _, (status, _) = run.ended()
     assert status != 0
   last = saved(run.workdir)[-1]
-  assert last >= now + 5
 
   with Run([place] * 2, often, workdir="killed") as run:
     run.wait_for_line(0, f"step {last + 2}/")  # metrics.jsonl may have had it

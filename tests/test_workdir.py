@@ -221,3 +221,26 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
   with pytest.raises(TypeError):
     write_json(path, {"a": 2, "b": object()})
   assert json.loads(path.read_text()) == {"a": 1}
+
+
+# Shared by many processes.
+
+
+def test_a_mark_that_is_seen_is_of_this_very_start(tmp_path):
+  here, elsewhere = WorkDir(tmp_path / "here"), WorkDir(tmp_path / "elsewhere")
+  for workdir in (here, elsewhere):
+    workdir.path.mkdir()
+  elsewhere.mark()  # left by another run
+  mark = here.mark()
+  here.check_shared(mark, timeout=0)
+  for workdir in (elsewhere, WorkDir(tmp_path / "nowhere")):
+    with pytest.raises(InputError, match=r"not the directory in which process 0 has left a mark"):
+      workdir.check_shared(mark, timeout=0)
+  assert here.mark() != mark
+
+
+def test_a_mark_may_take_its_time_to_be_seen(tmp_path, monkeypatch):
+  mark = WorkDir(tmp_path).mark()
+  monkeypatch.setattr("msjax.workdir.time.sleep", lambda _: (tmp_path / ".mark").write_text(mark))
+  (tmp_path / ".mark").unlink()
+  WorkDir(tmp_path).check_shared(mark)
