@@ -427,4 +427,4 @@ def test_writes_in_place():
   assert memory.alias_size_in_bytes == cache.size * cache.dtype.itemsize
   assert memory.temp_size_in_bytes < 1e6
   assert " scatter(" not in program.as_text()
-  assert " while(" not in program.as_text()
+  assert program.as_text().count(" while(") == 1  # of two turns with eight sessions each
