@@ -159,28 +159,33 @@ def largest_batch(learner: Learner, topology: str) -> Report:
   with jax.set_mesh(sharding.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
     sequences = sharding.chips("batch")
 
-  tried: dict[int, Report] = {}  # by sequences for every chip
-  fits, too_large, each = 0, math.inf, 1
-  while fits < each < too_large:
+  def report(each: int) -> Report:
     batch = config.changed({"train.batch": each * sequences})
-    tried[each] = train_report(dataclasses.replace(learner, config=batch), topology)
+    return train_report(dataclasses.replace(learner, config=batch), topology)
+
+  tried = {1: report(1)}  # by sequences for every chip
+  fits, too_large = 1, math.inf
+  while tried[1].fits and fits + 1 < too_large:
+    each = min(max(_promised(tried), fits + 1), too_large - 1)
+    tried[each] = report(each)
     if tried[each].fits:
       fits = each
     else:
       too_large = each
-    each = min(max(_promised(tried), fits + 1), too_large - 1)
-  return tried[max(fits, 1)]
+  return tried[fits]
 
 
 def _promised(tried: Mapping[int, Report]) -> int:
-  """How many sequences for every chip should just fit, by a line through what was tried nearby."""
-  far = 8 * max(tried)
+  """How many sequences for every chip should just fit, by a line through two batches: the largest
+  that fits and the smallest that does not, or else the two largest."""
   if len(tried) < 2:
     return 2
   left = {each: r.capacity - sum(r.hbm_per_chip_bytes.values()) for each, r in tried.items()}
-  near, other = sorted(left, key=lambda each: abs(left[each]))[:2]
-  each_needs = (left[near] - left[other]) / (other - near)
-  return min(math.floor(near + left[near] / each_needs), far) if each_needs > 0 else far
+  fitting = sorted(each for each, report in tried.items() if report.fits)
+  too_large = [each for each, report in tried.items() if not report.fits]
+  few, many = (fitting[-1], min(too_large)) if too_large else fitting[-2:]
+  far, each_needs = 8 * many, (left[few] - left[many]) / (many - few)
+  return min(math.floor(few + left[few] / each_needs), far) if each_needs > 0 else far
 
 
 def _facts(name: str, topology: str, batch: int, tokens: int) -> dict[str, Any]:

@@ -58,9 +58,10 @@ def _tick_of_chip(model, cache, tokens, temperature, key):
   sessions = sharding.index("batch") * len(tokens) + jnp.arange(len(tokens))
   of_session = lambda session, row: jax.random.fold_in(jax.random.fold_in(key, session), row)
   proposal = sample(logits, temperature, jax.vmap(of_session)(sessions, cache.row))
-  # Counted, for the highest over chips may leave out a NaN.
-  not_finite = sharding.total((~(logits.max(-1) < jnp.inf)).astype(jnp.int32), "vocab")
-  proposal = jnp.where(not_finite, _NOT_FINITE, proposal)
+  top = logits.max(-1)
+  top = jnp.where(jnp.isnan(top), jnp.inf, top)  # for the highest of chips may leave out a NaN
+  finite = jnp.isfinite(sharding.highest(top, "vocab"))
+  proposal = jnp.where(finite, proposal, _NOT_FINITE)
   return jnp.where(tokens == HOLE, model.trunk.streams.silence_id, proposal), cache
 
 
