@@ -108,11 +108,13 @@ class DoesNotFit(InputError):
     how_much = (
       f"{self.needed / 2**30:.2f} of {self.capacity / 2**30:.2f} GiB" if self.needed else ""
     )
-    less_kept = "" if remat == "full" else ", or remat=full"
+    ways = ["more chips", "a larger config.train.micro_batches", "a smaller config.data.rows"]
+    if remat != "full":
+      ways.append("remat=full")
     super().__init__(
       f"config.model.remat: with {remat!r} a step needs more memory than a chip has "
-      f"({how_much or str(error).splitlines()[0][:200]}); expected more chips, "
-      f"a larger config.train.micro_batches, a smaller config.data.rows{less_kept}"
+      f"({how_much or str(error).splitlines()[0][:200]}); expected "
+      f"{', '.join(ways[:-1])} or {ways[-1]}"
     )
 
 
