@@ -67,7 +67,7 @@ def test_a_train_step_on_two_physical_axes():
   # Parameters and two moments in float32.
   memory = report.hbm_per_chip_bytes
   assert memory["arguments"] == pytest.approx(12 * parameters() / 8, rel=0.01)
-  assert 0 < memory["temporaries"] < 64 * MIB
+  assert 0 < memory["temporaries"] < memory["arguments"] / 2  # the new state takes the old's place
   assert {"stream_forward", "stream_backward", "rotary_forward"} <= set(report.kernels)
   assert list(report.kernels) == sorted(set(report.kernels))
   assert all(c.bytes <= MIB for c in summed(report))
