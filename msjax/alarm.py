@@ -43,10 +43,8 @@ class Alarm:
     if error is None or isinstance(error, Stopped):
       return
     status = getattr(error, "exit_status", 1)
-    told = isinstance(error, InputError | RunError | OSError)  # by commands, in a line
-    what = str(error) if told else repr(error)
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # one has rung already
-      word = {"status": status, "what": f"{self._me}: {what}"}
+      word = {"status": status, "what": f"{self._me}: {_said(error)}"}
       self._service.client.key_value_set(_KEY, json.dumps(word))
     if isinstance(error, Exception):  # and no second Ctrl-C
       self._part()
@@ -65,6 +63,13 @@ class Alarm:
     with contextlib.suppress(jax.errors.JaxRuntimeError):  # one is dead
       self._service.client.wait_at_barrier(_KEY, _PARTING_SECONDS * 1000)
       self._service.shutdown()
+
+
+def _said(error: BaseException) -> str:
+  """What commands say of an error in one line; of one that keeps its traceback, what it is."""
+  if isinstance(error, KeyboardInterrupt):
+    return "interrupted"
+  return str(error) if isinstance(error, InputError | RunError | OSError) else repr(error)
 
 
 def _end(status: int) -> None:

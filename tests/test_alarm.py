@@ -87,6 +87,7 @@ def test_a_second_interrupt_waits_for_nobody(ends):
   with pytest.raises(KeyboardInterrupt), Alarm(service, "me"):
     raise KeyboardInterrupt
   assert (service.calls, ends) == (["said"], [])
+  assert "me: interrupted" in service.words["msjax/alarm"]
 
 
 def test_who_is_second_adds_nothing(ends, monkeypatch):
