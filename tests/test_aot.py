@@ -271,23 +271,3 @@ def test_a_search_ends_whatever_batches_need(fixed, steps):
     assert report.fits == (fixed + needs(1) <= 1000)
     assert fixed + needs(n + 1) > 1000 if report.fits else n == 1
     assert len(asked) == len(set(asked))
-
-
-@pytest.mark.slow
-@pytest.mark.tpu_compiler
-def test_the_largest_batch_fits_and_one_sequence_more_does_not():
-  config = CONFIG.changed(
-    {
-      "streams": ("output:output",),
-      "data.rows": 512,
-      "model.dim": 128,
-      "model.heads": 1,
-      "model.kv_heads": 1,
-      "model.mlp_dim": 128,
-      "model.layers": 7270,
-    }
-  )
-  report = aot.largest_batch(learner(config), "v5e:1x1")
-  assert (report.fits, report.mesh) == (True, {})
-  larger = config.changed({"train.batch": report.batch + 1, "model.remat": "full"})
-  assert not aot.train_report(learner(larger), "v5e:1x1").fits
