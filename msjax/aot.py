@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from msjax import sharding
+from msjax import mesh, sharding
 from msjax.decoding import generate
 from msjax.decoding.prepared import prepare
 from msjax.kernels.chips import chip_of
@@ -88,8 +88,8 @@ def train_report(learner: Learner, topology: str, save_to: str | None = None) ->
   """
   config, t = learner.config, learner.config.train
   sequences = t.batch // t.micro_batches
-  with jax.set_mesh(sharding.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
-    sharding.check(config.model, t)
+  with jax.set_mesh(mesh.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
+    mesh.check(config.model, t)
     state = learner.abstract()
     grid = (t.micro_batches, sequences, config.data.rows)
     cells = (*grid, len(learner.streams))
@@ -118,8 +118,8 @@ def decode_report(learner: Learner, topology: str, sessions: int, rows: int) -> 
   `train_report`.
   """
   config, shape = learner.config, jax.ShapeDtypeStruct
-  with jax.set_mesh(sharding.decode_mesh(config.mesh.model, devices_of(topology, 1))):
-    sharding.check_sessions(config.model, sessions)
+  with jax.set_mesh(mesh.decode_mesh(config.mesh.model, devices_of(topology, 1))):
+    mesh.check_sessions(config.model, sessions)
     begun = lambda: learner.init(jax.random.key(0)).params
     model = jax.eval_shape(lambda: prepare(learner.model(begun())))
     model = sharding.placed(model, axes.specs(model))
@@ -156,7 +156,7 @@ def largest_batch(learner: Learner, topology: str) -> Report:
   config = learner.config.changed({"train.micro_batches": 1})
   if config.model.remat == "auto":
     config.model.remat = "full"
-  with jax.set_mesh(sharding.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
+  with jax.set_mesh(mesh.make_mesh(config.mesh, devices_of(topology, config.mesh.slices))):
     sequences = sharding.chips("batch")
 
   def report(each: int) -> Report:
@@ -190,12 +190,11 @@ def _promised(tried: Mapping[int, Report]) -> int:
 
 def _facts(name: str, topology: str, batch: int, tokens: int) -> dict[str, Any]:
   """What is known of a program before it is compiled, on the mesh in use."""
-  mesh = jax.sharding.get_mesh()
   return {
     "program": name,
     "topology": topology,
-    "chips": mesh.size,
-    "mesh": sharding.sizes(),
+    "chips": jax.sharding.get_mesh().size,
+    "mesh": mesh.sizes(),
     "batch": batch,
     "tokens": tokens,
     "capacity": chip_of(topology).hbm_bytes,

@@ -8,7 +8,7 @@ import jax
 from absl import flags, logging
 
 import msjax
-from msjax import cli, sharding
+from msjax import cli, mesh
 from msjax.data.show import RowPrinter
 from msjax.errors import InputError
 
@@ -35,7 +35,7 @@ def main(_) -> None:
   chips, devices = _MODEL_CHIPS.value, jax.devices()
   if chips > len(devices):
     raise InputError(f"--model_chips: {chips}; there are {len(devices)}")
-  with jax.set_mesh(sharding.decode_mesh(chips, devices[:chips])):
+  with jax.set_mesh(mesh.decode_mesh(chips, devices[:chips])):
     _decode(at)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from msjax import sharding
+from msjax import mesh
 from msjax.config import Config, LossConfig
 from msjax.decoding.generate import FREE, Decoder, decode
 from msjax.decoding.prepared import prepare
@@ -282,7 +282,7 @@ class Schedule:
 def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
   """Loads a work directory or a Hugging Face folder.
 
-  Of a work directory every device of the mesh in use reads its part (`sharding.decode_mesh`); what
+  Of a work directory every device of the mesh in use reads its part (`mesh.decode_mesh`); what
   is decoded then is to be decoded on that mesh. Without a mesh, one device reads all.
 
   Args:
@@ -299,7 +299,7 @@ def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
     return Model(found.config, found.streams, found.tokenizer, found.params)
   directory = WorkDir(directory)
   config, streams, tokenizer = directory.config(), directory.streams(), directory.tokenizer()
-  sharding.check_sessions(config.model, 1)
+  mesh.check_sessions(config.model, 1)
   learner = Learner(config, streams, tokenizer.vocab_size)
   abstract = learner.abstract().params
   return Model(config, streams, tokenizer, load_params(directory.checkpoints, abstract, step))

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh
 
 from msjax import sharding
 from msjax.config import MeshConfig
+from msjax.mesh import make_mesh
 
 
 def on_eight_devices(f, *args):
@@ -35,7 +36,7 @@ def mesh(slices=1, data=1, fsdp=1, model=1):
   devices = jax.devices()
   if isinstance(fsdp, int):
     devices = devices[: slices * data * fsdp * model]
-    return sharding.make_mesh(MeshConfig(slices, data, fsdp, model), devices)
+    return make_mesh(MeshConfig(slices, data, fsdp, model), devices)
   shape = slices, data, *fsdp, model
   devices = np.array(devices[: math.prod(shape)]).reshape(shape)
-  return Mesh(devices, sharding._MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+  return Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))

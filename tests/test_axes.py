@@ -45,7 +45,7 @@ PARTS = {
 
 def parts(tree, shape=(1, 1, 2, 2, 2)):
   """Names of arrays, None for those of no parameter, and into how many parts their axes are cut."""
-  mesh = AbstractMesh(shape, sharding._MESH_AXES)
+  mesh = AbstractMesh(shape, sharding.MESH_AXES)
   found = []
   for (path, array), spec in zip(
     jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(axes.specs(tree))

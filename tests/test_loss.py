@@ -134,7 +134,7 @@ def on_chips(sizes, piece_logits, *cells):
     d_hidden = sharding.total(d_hidden, "vocab")  # each chip has that of its own share
     return (sharding.total(total, "batch"), entropy), (d_hidden, d_matrix)
 
-  of_cells, of_matrix = sharding.spec("batch"), sharding.spec(None, "width")
+  of_cells, of_matrix = sharding.spec("batch"), sharding.spec(None, "table_dim")
   in_specs = of_cells, of_matrix, of_cells, of_cells
   with (
     jax.set_mesh(mesh(**sizes)),

@@ -10,6 +10,7 @@ import pytest
 from msjax import sharding
 from msjax.config import Config, ModelConfig, TrainConfig
 from msjax.errors import InputError
+from msjax.mesh import make_mesh
 from msjax.training import stored
 from msjax.training.begin import program
 from msjax.training.state import Learner
@@ -24,7 +25,7 @@ LEARNER = Learner(CONFIG, CONFIG.stream_set(silence_id=1), 11)
 
 @pytest.fixture(autouse=True)
 def mesh():
-  with jax.set_mesh(sharding.make_mesh(CONFIG.mesh, jax.devices()[:1])):
+  with jax.set_mesh(make_mesh(CONFIG.mesh, jax.devices()[:1])):
     yield
 
 

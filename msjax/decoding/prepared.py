@@ -213,7 +213,7 @@ def _embedded(trunk, tokens):
   """Token plus stream embedding of a row [B, S] -> [B, S, D] in attention order."""
   ids = trunk.streams.to_attention(jnp.maximum(tokens, 0)[:, None])
   columns = trunk.embed[...].at[ids].get(mode="promise_in_bounds")
-  return trunk.with_streams(sharding.gather(columns, "width", 2), jnp.arange(ids.shape[1]))
+  return trunk.with_streams(sharding.gather(columns, "table_dim", 2), jnp.arange(ids.shape[1]))
 
 
 def prepare(model: Transformer) -> Prepared:

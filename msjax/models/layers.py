@@ -29,8 +29,8 @@ def products(cut: int, x: jax.Array, matrices: tuple[jax.Array, ...]) -> tuple[j
 def _fetched(cut, dtype, matrices):
   """Matrices for x; one side by side where they come from other chips, for that is one exchange."""
   cast = [matrix.astype(dtype) for matrix in matrices]
-  if sharding.size("embed") > 1:
-    cast = [sharding.gather(jnp.concatenate(cast, axis=1), "embed", cut)]
+  if sharding.size("layer_dim") > 1:
+    cast = [sharding.gather(jnp.concatenate(cast, axis=1), "layer_dim", cut)]
   return [checkpoint_name(matrix, "weights") for matrix in cast]
 
 
@@ -51,7 +51,7 @@ def _products_gradients(cut, saved, g):
   if len(fetched) < len(matrices):
     g = [jnp.concatenate(g, axis=-1)]
   d_x = sum(part @ matrix.T for part, matrix in zip(g, fetched))
-  if sharding.size("embed") > 1:
+  if sharding.size("layer_dim") > 1:
     gradients = _split(_scattered(cut, flat(x), flat(g[0])), matrices)
   else:
     summed = functools.partial(jnp.matmul, preferred_element_type=matrices[0].dtype)
@@ -63,8 +63,8 @@ def _scattered(cut, x, g):
   """Scatters x^T g along its axis `cut`, made the first axis: along the last one parts may be
   narrower than a register, and then libtpu sums the whole on every chip."""
   if cut == 0:
-    return sharding.scatter(x.T @ g, "embed", 0)
-  return sharding.scatter(g.T @ x, "embed", 0).T
+    return sharding.scatter(x.T @ g, "layer_dim", 0)
+  return sharding.scatter(g.T @ x, "layer_dim", 0).T
 
 
 def _split(x, matrices):

@@ -203,11 +203,11 @@ class Transformer(nnx.Module):
     """
     streams = self.streams
     ids = sharding.part(streams.to_attention(jnp.maximum(tokens, 0)), "cells", 1)
-    asked = sharding.gather(ids, "width", 0)
+    asked = sharding.gather(ids, "table_dim", 0)
     columns = self.embed[...].at[asked].get(mode="promise_in_bounds")
-    if sharding.size("width") > 1:
+    if sharding.size("table_dim") > 1:
       columns = columns.astype(self.dtype)  # half the bytes on the wires
-    x = sharding.exchange(columns, "width", cut=0, join=2)
+    x = sharding.exchange(columns, "table_dim", cut=0, join=2)
     return self.with_streams(x, sharding.part(jnp.arange(tokens[0].size), "cells", 0))
 
   def with_streams(self, x: jax.Array, cells: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from msjax import sharding
+from msjax import mesh
 from msjax.data.pipeline import TrainingBatches
 from msjax.errors import InputError
 from msjax.kernels.static import hbm_overrun
@@ -35,7 +35,7 @@ def first_state(
   else:
     state = learner.begun()
   count = sum(p.size for p in jax.tree.leaves(state.params))
-  logging.info("%s parameters on %s", f"{count:,}", sharding.described())
+  logging.info("%s parameters on %s", f"{count:,}", mesh.described())
   return state
 
 

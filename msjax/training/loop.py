@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from msjax import processes, sharding
+from msjax import mesh, processes, sharding
 from msjax.config import Config
 from msjax.data import load as data_lib
 from msjax.data import pipeline
@@ -77,8 +77,8 @@ def train(
     RunError: the loss is not finite, a checkpoint cannot be written, or a signal came (`Stopped`).
   """
   began = time.time() if began is None else began
-  with jax.set_mesh(sharding.make_mesh(config.mesh)), contextlib.ExitStack() as stack:
-    sharding.check(config.model, config.train)
+  with jax.set_mesh(mesh.make_mesh(config.mesh)), contextlib.ExitStack() as stack:
+    mesh.check(config.model, config.train)
     processes.agree("config", config.to_json())
     made_before = workdir.path / "tokenizer.json" if workdir.steps_taken else None
     data = data_lib.load(config, made_before)  # before anything is made in the work directory

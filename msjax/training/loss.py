@@ -81,7 +81,7 @@ cross_entropy.defvjp(_with_gradients, _scale_gradients)
 def _walk(penalties, hidden, matrix, labels, weights, differentiate):
   """The loss and cross-entropies; gradients towards hidden states and matrix, or None."""
   share = _Share.of(hidden, matrix)
-  by_parts = _by_pieces if sharding.size("embed") > 1 else _by_cells
+  by_parts = _by_pieces if sharding.size("layer_dim") > 1 else _by_cells
   out, gradients = by_parts(penalties, share, hidden, labels, weights, differentiate)
   if differentiate:
     d_hidden, d_rows = gradients
@@ -139,7 +139,7 @@ def _by_pieces(penalties, share, hidden, labels, weights, differentiate):
     d = _d_logits(penalties, share, i, logits, sums, labels, weights).astype(hidden.dtype)
     d_hidden += jnp.einsum("tv,vd->td", d, rows, preferred_element_type=jnp.float32)
     # Scattered along the first axis, as a product's gradient is: see layers.py.
-    return d_hidden, sharding.scatter(jnp.einsum("tv,td->dv", d, hidden), "embed", 0)
+    return d_hidden, sharding.scatter(jnp.einsum("tv,td->dv", d, hidden), "layer_dim", 0)
 
   start = jnp.zeros(hidden.shape, jnp.float32)
   d_hidden, d_rows = jax.lax.scan(gradients, start, share.pieces())
@@ -166,7 +166,7 @@ class _Share(NamedTuple):
     """Deals the vocabulary out among the chips that share it."""
     V, chips = len(matrix), sharding.size("vocab")
     tokens = piece = -(-V // chips)
-    if sharding.size("embed") > 1:
+    if sharding.size("layer_dim") > 1:
       pieces = -(-tokens * len(hidden) // _PIECE_LOGITS)
       piece = -(-tokens // (pieces * LANES)) * LANES
       tokens = -(-tokens // piece) * piece
@@ -185,7 +185,7 @@ class _Share(NamedTuple):
   def fetch(self, i: jax.Array) -> jax.Array:
     """Rows of piece i, [piece, D] with D whole."""
     rows = jax.lax.dynamic_slice_in_dim(self.rows, i * self.piece, self.piece)
-    return sharding.gather(rows, "embed", 1)
+    return sharding.gather(rows, "layer_dim", 1)
 
   def ids(self, i: jax.Array | int) -> jax.Array:
     """Tokens of the rows of piece i."""
