@@ -107,7 +107,7 @@ def _train(
   compiled: str | os.PathLike | None,
 ) -> Trained:
   """Takes the steps that are not taken yet, on the mesh in use."""
-  t, first = config.train, processes.is_first()
+  t = config.train
   learner = Learner(config, data.streams, data.tokenizer.vocab_size)
   sequences = t.batch // t.micro_batches
   here = sharding.rows_here(sequences)
@@ -135,30 +135,24 @@ def _train(
       logging.info("all %d steps are taken; more by a larger --config.train.steps", start)
     best = checkpoints.best_loss
     trained = [s.name for s in data.streams.streams if s.weight]
-    path, peak = workdir.metrics if first else None, peak_flops(jax.devices())
+    path, peak = workdir.metrics if processes.is_first() else None, peak_flops(jax.devices())
     with (
       Metrics(path, start, t.steps, t.log_every, trained, peak) as metrics,
       Trace(workdir.profile, t.profile_first_step, t.profile_last_step) as trace,
     ):
       clocks = _Clocks(metrics, goodput, watchdog)
       finish = functools.partial(_finish, clocks, data.train, checkpoints)
-      take_step = None
+      take_step, step, stopping = None, start, False
       running = None  # the step whose scalars have not been read yet
       for step in range(start + 1, t.steps + 1):
         trace.begin(step)
-        waited_from = time.perf_counter()
-        with goodput.span("data_wait"):
+        with clocks.waiting():
           ours = next(batches)
-        metrics.waited(time.perf_counter() - waited_from)
         records = ours.pop("record")
         batch = sharding.joined(ours, 1, sequences)
         if take_step is None:
-          with goodput.span("compile"), watchdog.patient():
-            if compiled:
-              remat, take_step = stored.load(compiled, learner)
-            else:
-              remat, take_step = program(learner, state, batch)
-          logging.info("kept for the backward pass: %s", remat)
+          with clocks.busy("compile"):
+            take_step = _step(learner, state, batch, compiled)
         state, scalars = take_step(state, batch)
         # Worked out while the devices work; what this process holds stands for all.
         work = batch_work(data.streams, ours["tokens"], ours["segments"])
@@ -166,34 +160,45 @@ def _train(
         trace.end(step, scalars)
         finish(running)
         running = _Running(step, scalars, records, flops)
-        save_now = step == t.steps or step % t.save_every == 0
-        evaluate_now = data.valid is not None and (
-          step == t.steps or bool(t.eval_every and step % t.eval_every == 0)
-        )
         valid_loss, is_best = None, False
-        if evaluate_now:
+        if data.valid is not None and _due(step, t.eval_every, t.steps):
           running = finish(running)  # only a state whose own step was finite is evaluated or saved
-          with goodput.span("evaluation"), watchdog.patient():
+          with clocks.busy("evaluation"):
             valid_loss = _held_out_loss(learner, state, data.valid, metrics, checkpoints)
           is_best = valid_loss < best
           best = min(valid_loss, best)
         stopping = stop_asked()  # once a step: who is told that the run is saved, has it saved
-        if save_now or is_best or stopping:
+        if is_best or stopping or _due(step, t.save_every, t.steps):
           running = finish(running)
-          with goodput.span("saves"), watchdog.patient():
+          with clocks.busy("saves"):
             checkpoints.save(step, state, batches, valid_loss)
           goodput.saved(step)
         if stopping:
           logging.info("stopped by a signal: saving step %d", step)
-          with goodput.span("saves"), watchdog.patient():
-            checkpoints.wait()
-          raise Stopped(f"by a signal, saved at step {step}; run again to go on")
+          break
       seconds = metrics.seconds
-    with goodput.span("saves"), watchdog.patient():
-      checkpoints.wait()
-    if stop_asked():  # asked for while the last step was being saved
-      raise Stopped(f"by a signal, saved at step {t.steps}; run again to go on")
+      with clocks.busy("saves"):
+        checkpoints.wait()
+    if stopping or stop_asked():  # asked for while the last step was being saved
+      raise Stopped(f"by a signal, saved at step {step}; run again to go on")
   return Trained(learner, state.params, data, seconds)
+
+
+def _step(
+  learner: Learner,
+  state: TrainState,
+  batch: dict[str, jax.Array],
+  compiled: str | os.PathLike | None,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+  """Compiles the training step, or loads it from a file."""
+  chosen = stored.load(compiled, learner) if compiled else program(learner, state, batch)
+  logging.info("kept for the backward pass: %s", chosen.remat)
+  return chosen.step
+
+
+def _due(step: int, every: int, last: int) -> bool:
+  """Whether what is done every so many steps (0: never), and after the last, is done after this."""
+  return step == last or bool(every and step % every == 0)
 
 
 class _Running(NamedTuple):
@@ -207,11 +212,25 @@ class _Running(NamedTuple):
 
 
 class _Clocks(NamedTuple):
-  """Who is told that a step has ended."""
+  """Who is told what the run is doing, and that a step has ended."""
 
   metrics: Metrics
   goodput: Goodput
   watchdog: Watchdog
+
+  @contextlib.contextmanager
+  def waiting(self) -> Iterator[None]:
+    """The run waits for data in this block."""
+    since = time.perf_counter()
+    with self.goodput.span("data_wait"):
+      yield
+    self.metrics.waited(time.perf_counter() - since)
+
+  @contextlib.contextmanager
+  def busy(self, activity: str) -> Iterator[None]:
+    """No step ends in this block, which is for one of `goodput.ACTIVITIES`."""
+    with self.goodput.span(activity), self.watchdog.patient():
+      yield
 
   def step(self, running: _Running) -> dict[str, float]:
     """Reads the scalars of a step, which waits for its end."""
