@@ -177,13 +177,16 @@ def largest_batch(learner: Learner, topology: str) -> Report:
 
 def _promised(tried: Mapping[int, Report]) -> int:
   """How many sequences for every chip should just fit, by a line through two batches: the largest
-  that fits and the smallest that does not, or else the two largest."""
+  that fits and the smallest that does not, or else the two largest. Every other time the middle of
+  the former two is taken, for what a batch needs may be no line."""
   if len(tried) < 2:
     return 2
   left = {each: r.capacity - sum(r.hbm_per_chip_bytes.values()) for each, r in tried.items()}
   fitting = sorted(each for each, report in tried.items() if report.fits)
   too_large = [each for each, report in tried.items() if not report.fits]
   few, many = (fitting[-1], min(too_large)) if too_large else fitting[-2:]
+  if too_large and len(tried) % 2:
+    return (few + many) // 2
   far, each_needs = 8 * many, (left[few] - left[many]) / (many - few)
   return min(math.floor(few + left[few] / each_needs), far) if each_needs > 0 else far
 

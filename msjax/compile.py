@@ -97,8 +97,6 @@ def _show(report: aot.Report) -> None:
     facts["XLA's operations"] = f"{report.xla_ms:,.1f} ms, without collectives and kernels"
     facts["memory traffic"] = _traffic(report)
     facts["Pallas kernels"] = ", ".join(report.kernels) or "none"
-  if "slices" in report.mesh:
-    facts["between slices"] = "a sum of all gradients, which is none of the collectives below"
   facts["compiled in"] = f"{report.compile_seconds:.0f} s"
   table = Table(box=None, show_header=False, pad_edge=False)
   for name, fact in facts.items():
@@ -124,10 +122,11 @@ def _collectives(report: aot.Report) -> Table:
     table.add_column(title, justify="right")
   for c in sorted(report.collectives, key=lambda c: -c.bytes * c.count):
     where = f"{'in' if c.in_loop else 'outside'} a loop{', meanwhile' if c.asynchronous else ''}"
+    group = f"{c.group} slices" if c.between_slices else str(c.group)
     total = c.bytes * c.count / _GIB
     if total >= 0.05:
       table.add_row(
-        *(c.kind, str(c.group), where, f"{c.count:,}"), f"{c.bytes / _MIB:.1f}", f"{total:.2f}"
+        *(c.kind, group, where, f"{c.count:,}"), f"{c.bytes / _MIB:.1f}", f"{total:.2f}"
       )
   return table
 

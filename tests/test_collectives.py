@@ -49,6 +49,22 @@ def test_kinds_and_full_bytes(line, kind, size, asynchronous):
   assert collectives(line) == (Collective(kind, size * MIB, 1, False, asynchronous, 4),)
 
 
+def test_hosts_sum_between_slices():
+  attributes = (
+    'is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_'
+    'runtime",_xla_megascale_target="{1,2,3}x{0:7}",_xla_megascale_transfer_type="ALL_REDUCE"}'
+  )
+  types = "(bf16[512,1024]{1,0:T(8,128)}, u32[]{:S(2)}, token[])"
+  line = (
+    "%t = token[] after-all()\n"
+    f"  %y = {types} send(%x, %t), channel_id=8, {attributes}\n"
+    f"  %z = {types} recv(%t), channel_id=9, {attributes}"
+  )
+  assert collectives(line) == (Collective("all-reduce", MIB, 1, False, True, 3, True),)
+  plain = line.replace("_xla_megascale", "_xla_other")
+  assert collectives(plain) == ()
+
+
 def test_a_permute_goes_from_one_to_one():
   line = (
     "%y = (bf16[512,1024]{1,0}, bf16[512,1024]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) "

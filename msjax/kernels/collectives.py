@@ -12,6 +12,8 @@ KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective
 _LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
 _IOTA = re.compile(r"replica_groups=\[\d+,(\d+)\]<=")
 _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}")
+_SLICES = re.compile(r'_xla_megascale_target="\{([\d,]+)\}x[^"]*"')
+_TRANSFER = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _AXIS = re.compile(r"'([^']+)'(?::\(\d+\)(\d+))?")  # a whole axis or a part of it: 'x':(2)4
 
 
@@ -27,6 +29,8 @@ class Collective:
     in_loop: whether it stands in the body of a loop.
     asynchronous: whether the chip can compute meanwhile.
     group: chips that take part together; 2 for a permute, one sends to one.
+    between_slices: over the network of the data centre, by the hosts; of the chips that stand at
+      the same place in their slices.
   """
 
   kind: str
@@ -35,6 +39,7 @@ class Collective:
   in_loop: bool
   asynchronous: bool
   group: int
+  between_slices: bool = False
 
 
 def merge(found: Iterable[Collective]) -> tuple[Collective, ...]:
@@ -48,6 +53,8 @@ def merge(found: Iterable[Collective]) -> tuple[Collective, ...]:
 def kind_of(instruction: Instruction) -> str | None:
   """Returns the kind of a collective or of its start, None for everything else."""
   kind = instruction.op.removesuffix("-start")
+  if instruction.op == "send" and (megascale := _TRANSFER.search(instruction.text)):
+    kind = megascale[1].lower().replace("_", "-")
   return kind if kind in KINDS else None
 
 
@@ -69,19 +76,22 @@ def collectives_of(
   kind = kind_of(instruction)
   if kind is None or carries_on(computation, instruction):
     return
-  group = _group(instruction, text.chips)
+  between_slices = instruction.op == "send"
+  group = _slices(instruction) if between_slices else _group(instruction, text.chips)
   if group == 1:
     return
   if kind == "all-reduce" and "all-reduce-scatter" in computation.name:
     kind = "reduce-scatter"  # so TPU spells it: each chip keeps a slice of the sum
   operands = sum(size(computation.types(name)) for name in instruction.operands)
+  beside = asynchronous or instruction.op.endswith("-start") or _in_pieces(instruction)
   yield Collective(
     kind,
     bytes=operands * group if kind == "all-gather" else operands,
     count=1,
     in_loop=False,
-    asynchronous=asynchronous or instruction.op.endswith("-start") or _in_pieces(instruction),
+    asynchronous=beside or between_slices,
     group=group,
+    between_slices=between_slices,
   )
 
 
@@ -97,6 +107,11 @@ def carries_on(computation: Computation, instruction: Instruction) -> bool:
 
 def _in_pieces(instruction: Instruction) -> bool:
   return '"async_collective_fusion_config"' in instruction.text
+
+
+def _slices(instruction: Instruction) -> int:
+  """Slices that exchange with each other."""
+  return len(_SLICES.search(instruction.text)[1].split(","))
 
 
 def _group(instruction: Instruction, chips: int) -> int:
