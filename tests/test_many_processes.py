@@ -2,7 +2,6 @@
 
 import fcntl
 import json
-import os
 import re
 import shutil
 import signal
@@ -49,16 +48,6 @@ def table(number):
   rows = 3 + 5 * number % 13
   ids = [[(7 * number + stream + row) % 256 for row in range(rows)] for stream in range(2)]
   return {"num_rows": rows, "token_ids": ids}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_torch(tmp_path_factory):
-  """Commands start without it: where it is installed, tensorboardX imports it, which takes long."""
-  path = tmp_path_factory.mktemp("no_torch")
-  (path / "torch.py").write_text("raise ImportError")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setenv("PYTHONPATH", str(path), prepend=os.pathsep)
-    yield
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +242,7 @@ def test_as_many_processes_go_on_to_the_very_same(resumed, whole, count):
   [
     (2, 4, ["--config.mesh.model=2"]),
     (4, 2, ["--config.mesh.data=2", "--config.mesh.fsdp=1"]),
+    (2, 1, []),
     (4, 1, []),
   ],
 )

@@ -1,6 +1,7 @@
 """Configs and records for tests of `python -m msjax.train`, and the environment of its commands."""
 
 import json
+import os
 import re
 
 import pytest
@@ -47,8 +48,12 @@ def get_config():
 
 @pytest.fixture(scope="module", autouse=True)
 def environment(tmp_path_factory):
-  """Commands compile the same few programs: once, and not for speed."""
+  """Commands compile the same few programs: once, and not for speed. They start without torch,
+  which tensorboardX imports where it is installed and which takes long."""
+  no_torch = tmp_path_factory.mktemp("no_torch")
+  (no_torch / "torch.py").write_text("raise ImportError")
   with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("PYTHONPATH", str(no_torch), prepend=os.pathsep)
     patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     patch.setenv("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")
