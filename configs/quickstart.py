@@ -21,7 +21,7 @@ def get_config():
     data=DataConfig(source="arithmetic", rows=18, min_ops=2, max_ops=10, end_token=False),
     loss=LossConfig(silence_weight=0.1),
     optim=OptimConfig(learning_rate=3e-3, warmup_steps=20, cooldown_steps=100),
-    train=TrainConfig(steps=600, batch=32, eval_every=200, eval_batches=8, save_every=200),
+    train=TrainConfig(steps=700, batch=32, eval_every=200, eval_batches=8, save_every=200),
     report="arithmetic",
     baseline={
       "streams": ("chat:output",),

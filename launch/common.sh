@@ -49,7 +49,7 @@ whole() { # name, value: prints the value if it is a whole number
 }
 
 read_config() { # names of fields that must be filled in: sets all fields
-  local known name names
+  local known message name names
   [ -f "$POD_CONFIG" ] || wrong "--pod_config=$POD_CONFIG: not found"
   known=$(fields "$LAUNCH/pod.env")
   names=$(fields "$POD_CONFIG")
@@ -59,6 +59,8 @@ read_config() { # names of fields that must be filled in: sets all fields
   done
   # shellcheck source=launch/pod.env
   source "$LAUNCH/pod.env"
+  message=$(bash -ec 'source "$1"; source "$2"' - "$LAUNCH/pod.env" "$POD_CONFIG" 2>&1 >/dev/null) ||
+    wrong "$(tail -1 <<<"$message"); expected assignments, NAME='value'"
   # shellcheck source=launch/pod.env
   source "$POD_CONFIG"
   POD_CONFIG=$(cd "$(dirname "$POD_CONFIG")" && pwd)/$(basename "$POD_CONFIG")
@@ -78,6 +80,14 @@ check_config() { # what no tool would say before the machines are paid for
   for name in SLICES MAX_RESTARTS POLL_SECONDS STOP_SECONDS GRACE_SECONDS SLURM_NODES; do
     whole "$POD_CONFIG: $name" "${!name}" >/dev/null
   done
+  for name in SLICES SLURM_NODES; do
+    [ "${!name}" -gt 0 ] || wrong "$POD_CONFIG: $name=${!name}: expected 1 or more"
+  done
+  [[ $SHARED_DIR == /* ]] || wrong "$POD_CONFIG: SHARED_DIR=$SHARED_DIR: expected a path from /"
+  [[ $ZONE =~ ^([a-z0-9-]+-[a-z])?$ ]] || wrong "$POD_CONFIG: ZONE=$ZONE: expected one as us-west4-a"
+  [[ $VALID_UNTIL =~ ^([0-9]+[smhd])?$ ]] ||
+    wrong "$POD_CONFIG: VALID_UNTIL=$VALID_UNTIL: expected a number of s, m, h or d, as 6h"
+  [[ $JAX =~ ^[0-9.]+$ ]] || wrong "$POD_CONFIG: JAX=$JAX: expected a version, as 0.10.2"
   [[ $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
     wrong "$POD_CONFIG: NAME=$NAME: expected small letters, digits and -, a letter first"
   case $SPOT in
@@ -136,7 +146,12 @@ quote() { # words: as a shell takes them
 }
 
 run() { # a command: runs it, or in a dry run prints it
-  if [ -n "$DRY_RUN" ]; then quote "$@" >&3; else "$@"; fi
+  if [ -n "$DRY_RUN" ]; then
+    quote "$@" >&3
+  else
+    command -v "$1" >/dev/null || fail "$1 is not installed here; see docs/pods.md"
+    "$@"
+  fi
 }
 
 fill_in() { # template, file: writes the template with its ${FIELD}s filled in

@@ -2,6 +2,7 @@
 
 import logging as std_logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -36,6 +37,8 @@ def run(
     return status
 
   _log_plainly()
+  if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   try:
     if check is not None:
       check(sys.argv)

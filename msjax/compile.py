@@ -6,6 +6,7 @@ a chip holds, moves and exchanges. `pip install -e '.[tpu-compiler]'` brings the
 """
 
 import json
+import signal
 
 import jax
 import rich.box
@@ -42,6 +43,7 @@ def main(_) -> int:
   else:
     _refuse("decode", sessions=_SESSIONS, rows=_ROWS)
   config.mesh.slices = _SLICES.value or config.mesh.slices
+  signal.signal(signal.SIGINT, signal.SIG_DFL)  # the compiler would not hear Python's for minutes
   jax.config.update("jax_platforms", "cpu")  # the machine's own devices stay out of it
   learner = _learner(config)
   if _PROGRAM.value == "decode":
@@ -55,6 +57,8 @@ def main(_) -> int:
     print(json.dumps(report.to_json()))
   else:
     _show(report)
+    if _SAVE.value and report.fits:
+      print(f"\nsaved as {_SAVE.value}")
   return 0 if report.fits else 1
 
 
@@ -69,7 +73,12 @@ def _learner(config: Config) -> Learner:
   """The run without its data. Which token is silence matters only to a step that is kept."""
   if config.model.vocab_size and not _SAVE.value:
     return Learner(config, config.stream_set(silence_id=0), config.model.vocab_size)
-  tokenizer = data.tokenizer(config)
+  try:
+    tokenizer = data.tokenizer(config)
+  except InputError as error:
+    if not _SAVE.value:
+      raise
+    raise InputError(f"--save: the step knows which token is silence; {error}") from None
   return Learner(config, config.stream_set(tokenizer.silence_id), tokenizer.vocab_size)
 
 
@@ -78,9 +87,12 @@ def _show(report: aot.Report) -> None:
   console = Console(width=100, highlight=False)
   cut = " x ".join(f"{name} {size}" for name, size in report.mesh.items())
   unit = "sessions" if report.program == "decode" else "sequences"
+  searched = ""
+  if _SEARCH.value:
+    searched = ", the largest batch that fits" if report.fits else "; no batch is smaller"
   console.print(
     f"{report.program} on {report.chips} chips of {report.topology} ({cut or 'one chip'}): "
-    f"{report.batch} {unit}, {report.tokens:,} tokens a step"
+    f"{report.batch} {unit}, {report.tokens:,} tokens a step{searched}"
   )
   console.print()
   memory = report.hbm_per_chip_bytes
@@ -97,14 +109,16 @@ def _show(report: aot.Report) -> None:
     facts["XLA's operations"] = f"{report.xla_ms:,.1f} ms, without collectives and kernels"
     facts["memory traffic"] = _traffic(report)
     facts["Pallas kernels"] = ", ".join(report.kernels) or "none"
-  facts["compiled in"] = f"{report.compile_seconds:.0f} s"
+  if report.compile_seconds:
+    facts["compiled in"] = f"{report.compile_seconds:.0f} s"
   table = Table(box=None, show_header=False, pad_edge=False)
   for name, fact in facts.items():
     table.add_row(name, fact)
   console.print(table)
-  if report.collectives:
+  collectives = _collectives(report)
+  if collectives.row_count:
     console.print()
-    console.print(_collectives(report))
+    console.print(collectives)
 
 
 def _traffic(report: aot.Report) -> str:
@@ -135,6 +149,8 @@ def _advice(report: aot.Report) -> str:
   """What to change where a program does not fit."""
   if report.program == "decode":
     return "fewer --sessions or --rows, or more chips to a model by --config.mesh.model"
+  if report.hbm_per_chip_bytes["arguments"] > report.capacity:
+    return "more chips, for parameters and optimizer alone are too much"
   ways = ["more chips"]
   if report.batch * report.mesh.get("model", 1) > report.chips:  # not one sequence each yet
     ways.append("a larger --config.train.micro_batches")

@@ -3,6 +3,11 @@
 The same command goes on where it was stopped. `--config.FIELD=VALUE` changes a field.
 """
 
+from msjax import early
+
+if __name__ == "__main__":
+  early.listen()
+
 import json
 
 import jax
@@ -55,6 +60,8 @@ def main(_) -> None:
 
 def _run(config: Config, began: float) -> None:
   """What all processes do together."""
+  if jax.process_count() == 1:
+    early.end_by_sigterm()
   if config.report and jax.process_count() > 1:
     raise InputError(
       f"config.report: {config.report!r} is measured by one process, here are "

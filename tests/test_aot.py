@@ -198,7 +198,7 @@ def test_what_cannot_be_cut_is_told_before_anything_is_compiled(changes, topolog
 
 def test_without_libtpu_it_is_told_what_to_install(monkeypatch):
   monkeypatch.setattr(static, "libtpu_version", lambda: None)
-  message = r"^libtpu is not installed; .*pip install libtpu$"
+  message = r"^libtpu.* is not installed: pip install -e '\.\[tpu-"
   for call in (
     lambda: aot.train_report(learner(CONFIG), "v5e:2x2"),
     lambda: aot.decode_report(learner(CONFIG), "v5e:2x2", 1, 1),

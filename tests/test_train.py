@@ -188,6 +188,21 @@ def wait_for_step(process, step):
     time.sleep(0.02)
 
 
+@pytest.mark.parametrize(
+  ("name", "status", "word"),
+  [("SIGTERM", 42, "stopped: by a signal"), ("SIGINT", 130, "interrupted")],
+)
+def test_a_signal_while_it_starts_is_one_line(place, monkeypatch, name, status, word):
+  imports = f"import os, signal\nos.kill(os.getpid(), signal.{name})"
+  (place / "stub").mkdir()
+  (place / "stub" / "torch.py").write_text(imports)  # which tensorboardX tries
+  monkeypatch.setenv("PYTHONPATH", str(place / "stub"), prepend=os.pathsep)
+  done = command()
+  assert (done.returncode, done.stdout) == (status, "")
+  assert done.stderr == f"msjax.train: {word}; run again to go on\n"
+  assert not (place / "run").exists()
+
+
 @pytest.mark.slow
 def test_a_run_is_stopped_goes_on_and_reports(place):
   (place / "chats.py").write_text(CHATS)

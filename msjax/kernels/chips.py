@@ -71,9 +71,10 @@ def chip_of(topology: str) -> Chip:
   """
   name = topology.partition(":")[0]
   if name not in CHIPS:
+    sides = ", 2x2 for 4 chips, 2x4 for 8, 4x4 for 16" if "-" in name else ""
     raise InputError(
       f"topology {topology!r}: expected one of {', '.join(CHIPS)} and a shape, as in v5e:2x2"
-      f"{nearest(name, CHIPS)}"
+      f"{sides or nearest(name, CHIPS)}"
     )
   return CHIPS[name]
 

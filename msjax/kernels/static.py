@@ -145,7 +145,8 @@ def devices_of(topology: str, slices: int = 1) -> Sequence[jax.Device]:
   chip = chip_of(topology)
   if libtpu_version() is None:
     raise InputError(
-      "libtpu is not installed; it compiles for TPUs without one: pip install libtpu"
+      "libtpu, which compiles for TPUs that are not there, is not installed: "
+      "pip install -e '.[tpu-compiler]'"
     )
   os.environ.update(_WITHOUT_A_TPU)
   try:

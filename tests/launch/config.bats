@@ -93,12 +93,24 @@ refuses() { # NAME=value, text: what pod.sh says of it
   refuses ACCELERATOR=v6e 'expected a whole number'
   refuses SLICES=two 'SLICES=two: expected a whole number'
   refuses SPOT=yes 'SPOT=yes: expected true or false'
+  refuses SLICES=0 'SLICES=0: expected 1 or more'
+  refuses ZONE=us-west4 'ZONE=us-west4: expected one as us-west4-a'
+  refuses VALID_UNTIL=6hours 'expected a number of s, m, h or d, as 6h'
+  refuses JAX=latest 'JAX=latest: expected a version, as 0.10.2'
+  refuses SHARED_DIR=mnt/shared 'expected a path from /'
+  refuses 'TRAIN=python -m msjax.train' "-m: command not found; expected assignments, NAME='value'"
   refuses NAME=My_Run 'NAME=My_Run: expected small letters'
   refuses SHARED=my-bucket 'SHARED=my-bucket: expected gs://BUCKET or SERVER:/EXPORT'
   refuses SHARED=gs://bucket/folder 'expected a whole bucket'
   refuses "TRAIN='python -m msjax.train --workdir=gs://bucket/run'" 'TRAIN: --workdir is a URL'
   refuses "TRAIN='python -m msjax.train --workdir=/home/me/run'" 'all workers write there'
   [ ! -s "$CALLS" ]
+}
+
+@test "a tool that is missing is named" {
+  # shellcheck disable=SC2123
+  run -1 env PATH="$BATS_TEST_TMPDIR/none:/usr/bin:/bin" "$BASH" launch/xpk.sh status --pod_config=pod.env
+  tells 'xpk is not installed here'
 }
 
 @test "NFS is mounted as well as a bucket" {
