@@ -93,7 +93,7 @@ def test_training_is_told_in_tables(command):
   ("words", "advice"),
   [
     (
-      ("--config.model.layers=2000", "--config.data.rows=2000"),
+      ("--config.model.layers=300", "--config.data.rows=8000"),
       "more chips, a larger --config.train.micro_batches, a smaller --config.data.rows or "
       "--config.model.remat=full",
     ),
