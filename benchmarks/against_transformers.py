@@ -25,8 +25,9 @@ from rich.table import Table
 
 from msjax import cli
 from msjax.config import Config, ModelConfig, OptimConfig
-from msjax.decoding.generate import FREE, Decoder, decode
+from msjax.decoding.engine import Engine, fill
 from msjax.decoding.prepared import Unrolled
+from msjax.decoding.tick import FREE
 from msjax.errors import InputError, RunError
 from msjax.hub.names import STREAM_EMBEDDING, read_params
 from msjax.streams import HOLE, Stream, Streams
@@ -84,8 +85,9 @@ class Msjax:
 
   def decode(self, first_row: np.ndarray, rows: int, room: int) -> np.ndarray:
     """Continues int32 [S] in a cache with room for `room` rows; returns int32 [rows, S]."""
-    given = [first_row[None]] + [np.full_like(first_row[None], FREE)] * (rows - 1)
-    return np.concatenate(list(decode(Decoder(self._model, rows=room), given)))
+    grid = np.full((1, rows, len(first_row)), FREE, np.int32)
+    grid[0, 0] = first_row
+    return fill(Engine(self._model, rows=room), grid)[0]
 
 
 class Transformers:

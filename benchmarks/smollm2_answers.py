@@ -18,7 +18,8 @@ from rich.table import Table
 
 import msjax
 from msjax import cli
-from msjax.decoding.generate import FREE, fill
+from msjax.decoding.engine import fill
+from msjax.decoding.tick import FREE
 from msjax.model import Model
 
 TOKENS = 32
@@ -61,7 +62,7 @@ def answer(model: Model, prompt: list[int]) -> list[int]:
   """The likeliest tokens after a prompt."""
   grid = np.full((1, len(prompt) + TOKENS, 1), FREE, np.int32)
   grid[0, : len(prompt), 0] = prompt
-  return fill(model.decoder(rows=grid.shape[1]), grid)[0, len(prompt) :, 0].tolist()
+  return fill(model.engine(rows=grid.shape[1]), grid)[0, len(prompt) :, 0].tolist()
 
 
 def gguf_file() -> pathlib.Path:

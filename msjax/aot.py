@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from msjax import mesh, sharding
-from msjax.decoding import generate
+from msjax.decoding import tick
+from msjax.decoding.policy import Knobs, Policy
 from msjax.decoding.prepared import prepare
 from msjax.kernels.chips import chip_of
 from msjax.kernels.collectives import Collective
@@ -123,24 +124,25 @@ def decode_report(learner: Learner, topology: str, sessions: int, rows: int) -> 
     begun = lambda: learner.init(jax.random.key(0)).params
     model = jax.eval_shape(lambda: prepare(learner.model(begun())))
     model = sharding.placed(model, axes.specs(model))
-    cache = jax.eval_shape(lambda: model.room(sessions, rows))
-    cache = sharding.placed(cache, model.cache_specs(cache))
-    everywhere, S = sharding.spec(), len(learner.streams)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = (
-      *(model, cache, sharding.placed(shape((sessions, S), jnp.int32), sharding.spec("batch"))),
-      sharding.placed(shape((), jnp.float32), everywhere),
-      sharding.placed(shape(key.shape, key.dtype), everywhere),
+    S = len(learner.streams)
+    state = jax.eval_shape(lambda: tick.room(model, sessions, rows, remembers=False))
+    state = sharding.placed(state, tick.specs(model, state))
+    of_session = lambda dtype, *dims: shape((sessions, *dims), dtype)
+    handed_in = (
+      jax.eval_shape(lambda: jax.tree.map(jnp.asarray, Knobs.of([[Policy()] * S] * sessions))),
+      *(of_session(jnp.int32, S), of_session(bool), of_session(bool)),
     )
+    by_session = jax.tree.map(lambda _: sharding.spec("batch"), handed_in)
+    arguments = model, state, *sharding.placed(handed_in, by_session)
     facts = _facts("decode", topology, sessions, sessions * S)
     began = time.perf_counter()
     try:
-      compiled = compile_with_text(generate.tick.lower(*arguments))
+      compiled = compile_with_text(tick.tick.lower(*arguments))
     except jax.errors.JaxRuntimeError as error:
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
-      return _too_large(facts, (hbm_overrun(error) or (None,))[0], (model, cache))
-    read_once = _bytes_here((model.layers, model.columns, cache.k, cache.v))
+      return _too_large(facts, (hbm_overrun(error) or (None,))[0], (model, state))
+    read_once = _bytes_here((model.layers, model.columns, state.cache.k, state.cache.v))
     return _report(facts, compiled, time.perf_counter() - began, hbm_bytes_min=read_once)
 
 

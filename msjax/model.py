@@ -17,8 +17,11 @@ from flax import nnx
 
 from msjax import mesh
 from msjax.config import Config, LossConfig
-from msjax.decoding.generate import FREE, Decoder, decode
+from msjax.decoding.engine import Engine
+from msjax.decoding.policy import Policy
 from msjax.decoding.prepared import prepare
+from msjax.decoding.session import Stop
+from msjax.decoding.tick import FREE
 from msjax.errors import InputError, nearest
 from msjax.hub import import_ as hub
 from msjax.streams import HOLE, Streams
@@ -152,16 +155,14 @@ class Model:
       )
     return jnp.asarray(tokens, jnp.int32)
 
-  def decoder(
-    self, batch: int = 1, temperature: float = 0.0, seed: int = 0, rows: int = 64
-  ) -> Decoder:
-    """Returns a `Decoder` of this model: rows of token ids, `batch` sessions.
+  def engine(self, places: int = 1, **options: int | bool) -> Engine:
+    """Returns an `Engine` of this model: live sessions, rows of token ids; options are its own.
 
     The first call makes a second copy of the parameters, cut up for decoding, and keeps it.
     """
     if self._prepared is None:
       self._prepared = prepare(self.module)
-    return Decoder(self._prepared, batch, temperature, seed, rows)
+    return Engine(self._prepared, places, **options)
 
   def generate(
     self,
@@ -213,10 +214,15 @@ class Model:
     hushed = (self.streams.silence_id, self.tokenizer.end_id)
     texts = [self.tokenizer.stream_decoder() for _ in names]
     limit = schedule.rows + _LONGEST_ANSWER if rows is None else rows
-    room = 2 ** math.ceil(math.log2(limit))  # so that texts of like lengths share a program
-    decoder = self.decoder(temperature=temperature, seed=seed, rows=room)
+    engine = self.engine(rows=2 ** math.ceil(math.log2(limit)))  # like lengths share a program
+    script = np.stack([schedule.row(r) for r in range(limit)])
+    session = engine.join(
+      policies=Policy(temperature), seed=seed, stop=Stop(rows=limit), script=script
+    )
     quiet = 0
-    for index, (row,) in enumerate(decode(decoder, (schedule.row(r)[None] for r in range(limit)))):
+    for index in range(limit):
+      session.check()
+      ((_, row),) = engine.step()
       ids = [int(i) for i in row]
       all_read = index >= schedule.rows
       quiet = quiet + 1 if all_read and all(ids[s] in hushed for s in written) else 0

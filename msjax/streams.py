@@ -253,16 +253,16 @@ class Streams:
     rows = jnp.arange(tokens.shape[1])[None]
     return self._visibility(tokens, rows, _segment_start(tokens, segments), self.key_ok(tokens))
 
-  def row_visibility(self, tokens: jax.Array, row: jax.Array, key_ok: jax.Array) -> Visibility:
-    """Who sees whom when one row is fed against a cache that already holds its keys.
+  def visibility_in_cache(self, tokens: jax.Array, row: jax.Array, key_ok: jax.Array) -> Visibility:
+    """Who sees whom when rows are fed against a cache that already holds their keys.
 
     Args:
-      tokens: int32 [B, S], the row that is fed.
-      row: int32 [B], its index in each session, which is its place in the cache.
-      key_ok: bool [B, M], of the whole cache, this row included.
+      tokens: int32 [B, R, S], the rows that are fed.
+      row: int32 [B], index of the first of them in each session, which is its place in the cache.
+      key_ok: bool [B, M], of the whole cache, these rows included.
     """
-    rows = row[:, None]
-    return self._visibility(tokens[:, None], rows, jnp.zeros_like(rows), key_ok)
+    rows = row[:, None] + jnp.arange(tokens.shape[1])
+    return self._visibility(tokens, rows, jnp.zeros_like(rows), key_ok)
 
   def key_ok(self, tokens: jax.Array) -> jax.Array:
     """Which cells other cells may see: bool [B, L] in attention order, from [B, R, S]."""

@@ -8,7 +8,7 @@ import pytest
 from msjax.config import Config, DataConfig, TrainConfig
 from msjax.data import synthetic
 from msjax.data.source import Example
-from msjax.decoding.generate import FREE
+from msjax.decoding.tick import FREE
 from msjax.evals import arithmetic, likelihood, reports
 from msjax.evals.likelihood import Tally
 from msjax.text.tokenizer import ByteTokenizer
@@ -32,7 +32,7 @@ def asked(chat=False, same_row="inputs"):
     train=TrainConfig(seed=5, eval_batches=1),
   )
   return types.SimpleNamespace(
-    config=config, streams=config.stream_set(SILENCE), tokenizer=TOKENS, decoder=dict
+    config=config, streams=config.stream_set(SILENCE), tokenizer=TOKENS, engine=dict
   )
 
 
@@ -127,11 +127,11 @@ def test_questions_are_long_held_out_and_the_runs_own():
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_questions_are_put_token_by_token_and_all_else_is_free(monkeypatch, chat):
-  monkeypatch.setattr(arithmetic, "fill", lambda decoder, grid: (decoder, grid))
+  monkeypatch.setattr(arithmetic, "fill", lambda engine, grid: (engine, grid))
   model = asked(chat)
   questions = arithmetic.questions(model, 3)
   room, grid = arithmetic.answered(model, questions)
-  assert room == {"batch": 3, "rows": grid.shape[1]}
+  assert room == {"places": 3, "rows": grid.shape[1]}
   heard = [[TOKENS.encode(word)[0] for word in q.words] for q in questions]
   np.testing.assert_array_equal(grid[:, :12, 0], heard)
   assert (grid[:, 12:, 0] == (FREE if chat else SILENCE)).all()

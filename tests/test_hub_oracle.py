@@ -12,7 +12,8 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 import msjax
-from msjax.decoding.generate import FREE, fill
+from msjax.decoding.engine import fill
+from msjax.decoding.tick import FREE
 from msjax.hub.import_ import import_checkpoint, read_checkpoint
 from msjax.hub.names import STREAM_EMBEDDING
 from msjax.text.hf_tokenizer import train_bpe
@@ -192,4 +193,4 @@ def test_a_loaded_release_writes_its_rows(release):
   given[0, :, 0] = figures["silence_token"]
   given[0, 0] = figures["seed_row"]
   given[0, 2 : 2 + len(user), 0] = user
-  np.testing.assert_array_equal(fill(model.decoder(), given)[0], theirs)
+  np.testing.assert_array_equal(fill(model.engine(), given)[0], theirs)

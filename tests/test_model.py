@@ -12,7 +12,7 @@ import pytest
 import msjax
 import msjax.model
 from msjax.config import Config, ModelConfig
-from msjax.decoding.generate import FREE
+from msjax.decoding.tick import FREE
 from msjax.errors import InputError
 from msjax.model import Model, Schedule
 from msjax.streams import HOLE, Stream, Streams

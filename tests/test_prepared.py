@@ -10,7 +10,8 @@ import pytest
 from flax import nnx
 
 from msjax.config import Config, ModelConfig
-from msjax.decoding.prepared import Stacked, Unrolled, feed_row
+from msjax.decoding import prepared as prepared_lib
+from msjax.decoding.prepared import Stacked, Unrolled
 from msjax.kernels import tpu_decode, xla
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.state import Learner
@@ -46,19 +47,20 @@ def whole_pass(model, tokens, positions=None):
 
 
 @jit
-def feed(model, cache, tokens, positions=None):
-  hidden, cache = feed_row(model, cache, tokens, positions)
+def feed(model, cache, tokens, positions=None, count=None):
+  hidden, cache = prepared_lib.feed(model, cache, tokens, count, positions)
   return model.logits(hidden, tokens), cache
 
 
-def feed_all(prepared, cache, tokens, positions=None):
-  """Feeds [B, R, S] row by row; returns logits [B, R, S, V] and the cache."""
+def feed_all(prepared, cache, tokens, positions=None, each=1):
+  """Feeds [B, R, S], `each` rows at a time; returns logits [B, R, S, V] and the cache."""
   logits = []
-  for r in range(tokens.shape[1]):
-    at = None if positions is None else positions[:, r]
-    row, cache = feed(prepared, cache, tokens[:, r], at)
-    logits.append(row)
-  return np.stack(logits, axis=1), cache
+  for r in range(0, tokens.shape[1], each):
+    rows = slice(r, r + each)
+    at = None if positions is None else positions[:, rows]
+    found, cache = feed(prepared, cache, tokens[:, rows], at)
+    logits.append(found)
+  return np.concatenate(logits, axis=1), cache
 
 
 def random_tokens(sessions, count, seed=0):
@@ -117,10 +119,30 @@ def test_sessions_may_be_at_different_rows():
   ]
   cache = jax.tree.map(lambda *x: jnp.concatenate(x), *caches)
   np.testing.assert_array_equal(cache.row, [2, 5])
-  next_rows = np.stack([tokens[0, 2], tokens[1, 5]])
+  next_rows = np.stack([tokens[0, 2:3], tokens[1, 5:6]])
   logits, cache = feed(UNROLLED, cache, next_rows)
-  np.testing.assert_allclose(logits, [expected[0, 2], expected[1, 5]], atol=1e-4, rtol=0)
+  np.testing.assert_allclose(logits[:, 0], [expected[0, 2], expected[1, 5]], atol=1e-4, rtol=0)
   np.testing.assert_array_equal(cache.row, [3, 6])
+
+
+@pytest.mark.parametrize("of", [Unrolled.of, Stacked.of])
+def test_many_rows_at_once_are_those_one_by_one(of):
+  prepared, tokens = of(MODEL), random_tokens(2, 3)
+  ours, cache = feed_all(prepared, prepared.room(2, ROWS), tokens, each=4)
+  np.testing.assert_allclose(ours, whole_pass(MODEL, tokens), atol=1e-4, rtol=0)
+  np.testing.assert_array_equal(cache.row, ROWS)
+
+
+@pytest.mark.parametrize("of", [Unrolled.of, Stacked.of])
+def test_rows_that_do_not_count_leave_nothing_behind(of):
+  prepared, tokens = of(MODEL), random_tokens(2, 3)
+  count = np.array([1, 3])
+  _, cache = feed(prepared, prepared.room(2, ROWS + 2), tokens[:, :4], count=count)
+  np.testing.assert_array_equal(cache.row, count)
+  rest = np.stack([tokens[0, 1:4], tokens[1, 3:6]])
+  ours, _ = feed(prepared, cache, rest)
+  expected = whole_pass(MODEL, tokens)
+  np.testing.assert_allclose(ours, [expected[0, 1:4], expected[1, 3:6]], atol=1e-4, rtol=0)
 
 
 def test_a_cache_grows_on_the_way():
@@ -146,7 +168,7 @@ def test_keys_and_values_are_kept_in_the_dtype_of_activations():
   model = random_model(2, dataclasses.replace(TINY, dtype="bfloat16"))
   prepared = Unrolled.of(model)
   cache = prepared.room(1, ROWS)
-  _, after = jax.eval_shape(feed, prepared, cache, np.zeros((1, 2), np.int32))
+  _, after = jax.eval_shape(feed, prepared, cache, np.zeros((1, 1, 2), np.int32))
   assert {x.dtype for x in (*after.k, *after.v)} == {jnp.dtype(jnp.bfloat16)}
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, cache)
 

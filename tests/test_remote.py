@@ -11,7 +11,8 @@ import transformers
 from transformers import dynamic_module_utils
 
 from msjax.config import Config, ModelConfig, RopeScaling
-from msjax.decoding.generate import FREE, fill
+from msjax.decoding.engine import fill
+from msjax.decoding.tick import FREE
 from msjax.hub.export import export
 from msjax.hub.names import STREAM_EMBEDDING
 from msjax.model import Model
@@ -94,7 +95,7 @@ def greedy(model):
   given[:, :, [1, 3]] = BPE.silence_id
   given[0, : len(WORDS), 1] = WORDS
   given[0, BREAK_IN : BREAK_IN + len(MORE), 3] = MORE
-  return fill(model.decoder(), given)[0].tolist()
+  return fill(model.engine(), given)[0].tolist()
 
 
 def cells(rows):

@@ -10,8 +10,10 @@ import pytest
 from eight_devices import mesh, on_eight_devices
 
 from msjax.config import Config, ModelConfig
-from msjax.decoding.generate import FREE, Decoder, fill
+from msjax.decoding.engine import Engine, fill
+from msjax.decoding.policy import Policy
 from msjax.decoding.prepared import prepare
+from msjax.decoding.tick import FREE
 from msjax.errors import RunError
 from msjax.kernels import api, tpu_decode, xla
 from msjax.streams import HOLE
@@ -59,9 +61,9 @@ def decode(sizes, changes, *temperatures):
     params = learner.begun_with(random_params(learner)).params
     model = prepare(learner.model(params))
     for temperature in temperatures:
-      decoder = Decoder(model, SESSIONS, temperature, seed=3, rows=4)
-      written = fill(decoder, rows())
-      found.append((written, jax.device_get(decoder.cache)))
+      engine = Engine(model, SESSIONS, rows=4)
+      written = fill(engine, rows(), Policy(temperature), seed=3)
+      found.append((written, jax.device_get(engine.state.cache)))
   return found
 
 
@@ -134,7 +136,7 @@ def refusal(sizes, token):
   with jax.set_mesh(mesh(**sizes)):
     model = prepare(learner.model(learner.begun_with(params).params))
     try:
-      fill(Decoder(model, SESSIONS), rows())
+      fill(Engine(model, SESSIONS), rows())
     except RunError as error:
       return str(error)
   return None
@@ -143,4 +145,4 @@ def refusal(sizes, token):
 @pytest.mark.parametrize("token", [0, VOCAB - 1])
 def test_logits_that_are_not_finite_on_one_chip_are_told(token):
   message = on_eight_devices(refusal, {"model": 8}, token)
-  assert message == "row 1: logits are not finite; are the parameters?"
+  assert message == "session 0, row 1: logits are not finite; are the parameters?"

@@ -100,7 +100,9 @@ def test_a_row_sees_the_cache_as_it_sees_the_grid(grid, row, other_row, stale):
   key_ok = np.full((2, cells.size), stale)
   key_ok[:, : ROWS * S] = streams.key_ok(tokens)
   key_ok = np.where(cells < (rows[:, None] + 1) * S, key_ok, stale)
-  seen = streams.row_visibility(tokens[[0, 1], rows], jnp.asarray(rows), key_ok).dense()
+  seen = streams.visibility_in_cache(
+    tokens[[0, 1], rows][:, None], jnp.asarray(rows), key_ok
+  ).dense()
   whole = np.asarray(streams.visibility(tokens).dense()).reshape(2, ROWS, S, -1)
   np.testing.assert_array_equal(np.asarray(seen)[..., : ROWS * S], whole[[0, 1], rows])
   assert not np.any(seen[..., ROWS * S :])

@@ -40,7 +40,7 @@ def visibility_of(S, M, rows, same_row="hidden", skip_silence=False, seed=0):
   ok = np.ones((len(rows), M), bool)
   ok[:, : M // S * S] = streams.key_ok(tokens)
   own = tokens[np.arange(len(rows)), rows]
-  return streams.row_visibility(own, jnp.asarray(rows), jnp.asarray(ok))
+  return streams.visibility_in_cache(own[:, None], jnp.asarray(rows), jnp.asarray(ok))
 
 
 def cached(visibility):

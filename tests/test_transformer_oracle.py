@@ -19,8 +19,9 @@ from transformers import (
 )
 
 from msjax.config import Config, ModelConfig, RopeScaling
-from msjax.decoding.generate import FREE, Decoder, fill
+from msjax.decoding.engine import Engine, fill
 from msjax.decoding.prepared import Unrolled
+from msjax.decoding.tick import FREE
 from msjax.hub.names import STREAM_EMBEDDING, read_params
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.checkpoint import placed
@@ -263,7 +264,5 @@ def test_release_writes_the_same_rows(golden):
   given[0, 0] = figures["seed_row"]
   given[0, :, 0] = learner.streams.silence_id
   given[0, 2 : 2 + len(user), 0] = user
-  decoder = Decoder(
-    Unrolled.of(learner.model(params)), rows=4
-  )  # so that the cache grows on the way
-  np.testing.assert_array_equal(fill(decoder, given)[0], theirs)
+  engine = Engine(Unrolled.of(learner.model(params)), rows=4)  # the cache grows on the way
+  np.testing.assert_array_equal(fill(engine, given)[0], theirs)

@@ -48,20 +48,26 @@ class Prepared(abc.ABC):
     ids = sharding.index("vocab") * columns + jnp.arange(columns)
     return jnp.where(ids < self.vocab_size, read_out(hidden, self.columns, tokens), -jnp.inf)
 
-  def room(self, batch: int, rows: int) -> Cache:
-    """Returns an empty cache for `rows` rows of `batch` sessions, or a few more."""
+  def room(self, batch: int, rows: int, sessions: str | None = "batch") -> Cache:
+    """Returns an empty cache for `rows` rows of `batch` sessions, or a few more; cut as of
+    `cache_specs`."""
     M = -(-rows * len(self.trunk.streams) // self.key_block) * self.key_block
 
     def empty():
       k, v = self._zeros(batch, M), self._zeros(batch, M)
       return Cache(k, v, jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32))
 
-    return sharding.made(empty, self.cache_specs(jax.eval_shape(empty)))()
+    return sharding.made(empty, self.cache_specs(jax.eval_shape(empty), sessions))()
 
-  def cache_specs(self, cache: Cache) -> Cache:
-    """How the arrays of a cache of this model are cut: by sessions and heads."""
-    k, v = jax.tree.map(lambda _: self._key_spec, (cache.k, cache.v))
-    return Cache(k, v, sharding.spec("batch"), sharding.spec("batch"))
+  def cache_specs(self, cache: Cache, sessions: str | None = "batch") -> Cache:
+    """How the arrays of a cache of this model are cut: by sessions (None: not) and heads."""
+    k, v = jax.tree.map(lambda _: self._key_spec(sessions), (cache.k, cache.v))
+    return Cache(k, v, sharding.spec(sessions), sharding.spec(sessions))
+
+  def cache_session_axes(self, cache: Cache) -> Cache:
+    """Which axis of each array of a cache is that of sessions."""
+    k, v = jax.tree.map(lambda _: self._session_axis, (cache.k, cache.v))
+    return Cache(k, v, 0, 0)
 
   @property
   @abc.abstractmethod
@@ -72,15 +78,19 @@ class Prepared(abc.ABC):
   def through_layers(
     self, x: jax.Array, turn: Turn, cache: Cache, visibility: Visibility
   ) -> tuple[jax.Array, Any, Any]:
-    """Takes the row that is fed, [B, S, D] in attention order, through all layers.
+    """Takes the C rows that are fed, [B, C * S, D] in attention order, through all layers.
 
     Returns:
-      [B, S, D]; keys and values as in the cache, the row's among them.
+      [B, C * S, D]; keys and values as in the cache, the rows' among them.
     """
 
   @property
   @abc.abstractmethod
-  def _key_spec(self) -> jax.P:
+  def _session_axis(self) -> int:
+    """Which axis of keys or values of a cache is that of sessions."""
+
+  @abc.abstractmethod
+  def _key_spec(self, sessions: str | None) -> jax.P:
     """How each array of keys or values of a cache is cut."""
 
   @abc.abstractmethod
@@ -122,7 +132,10 @@ class Unrolled(Prepared):
       x = block(x, attend, sharding.CELLS_WHOLE)
     return x, tuple(k_cache), tuple(v_cache)
 
-  _key_spec = property(lambda self: sharding.spec("batch", "heads"))
+  _session_axis = 0
+
+  def _key_spec(self, sessions):
+    return sharding.spec(sessions, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
@@ -153,7 +166,8 @@ class Stacked(Prepared):
 
   def through_layers(self, x, turn, cache, visibility):
     """See `Prepared`."""
-    plan = tpu_decode.plan(visibility, cache.k)
+    one_row = x.shape[1] == len(self.trunk.streams)
+    plan = tpu_decode.plan(visibility, cache.k) if one_row else None
 
     def layer(x, block_and_index):
       block, i = block_and_index
@@ -161,7 +175,11 @@ class Stacked(Prepared):
 
       def attend(q, k, v, q_scale, k_scale):  # the block gives its keys and values to nobody else
         new.extend((turn(k, k_scale), v))
-        return tpu_decode.attention(turn(q, q_scale), *new, cache.k, cache.v, i, plan)
+        q = turn(q, q_scale)
+        if one_row:
+          return tpu_decode.attention(q, *new, cache.k, cache.v, i, plan)
+        k, v = (self._with_rows(old[i], rows, cache) for old, rows in zip((cache.k, cache.v), new))
+        return _swap(xla.attention(_swap(q), k, v, visibility))
 
       x = block(x, attend, sharding.CELLS_WHOLE)
       return x, tuple(rows.reshape(*rows.shape[:2], -1) for rows in new)
@@ -170,48 +188,62 @@ class Stacked(Prepared):
     write = lambda old, rows: tpu_decode.write_rows(old, rows, self._at(cache))
     return x, write(cache.k, new[0]), write(cache.v, new[1])
 
-  _key_spec = property(lambda self: sharding.spec(None, "batch", None, "heads"))
+  def _with_rows(self, old, rows, cache):
+    """Keys or values of a layer [B, M, K * H], with rows [B, C * S, K, H] -> [B, K, M, H]."""
+    B, cells, K, H = rows.shape
+    rows = rows.reshape(1, B, cells, K * H).astype(old.dtype)
+    (joined,) = tpu_decode.write_rows(old[None], rows, self._at(cache))
+    return _swap(joined.reshape(B, -1, K, H))
+
+  _session_axis = 1
+
+  def _key_spec(self, sessions):
+    return sharding.spec(None, sessions, None, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
     return jnp.zeros((cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim), self.trunk.dtype)
 
 
-def feed_row(
+def feed(
   model: Prepared,
   cache: Cache,
   tokens: jax.Array,
+  count: jax.Array | None = None,
   positions: jax.Array | None = None,
 ) -> tuple[jax.Array, Cache]:
-  """Feeds one row of every session; the caller sees to it that the cache has room.
+  """Feeds R rows of every session; the caller sees to it that the cache has room for them.
 
   Args:
     model: prepared.
     cache: of this model; best donated.
-    tokens: int32 [B, S], by stream id; -1 is a hole.
-    positions: int32 [B, S], or None for the index of the row.
+    tokens: int32 [B, R, S], by stream id; -1 is a hole.
+    count: int32 [B], how many of the rows count; None: all. The others leave nothing behind that
+      is seen, but need room.
+    positions: int32 [B, R, S], or None for the indices of the rows.
 
   Returns:
-    Hidden states [B, S, D], normed, as the whole-grid pass gives for this row; the cache with it.
+    Hidden states [B, R, S, D], normed, as the whole-grid pass gives for these rows; the cache with
+    them.
   """
   trunk, streams = model.trunk, model.trunk.streams
+  R = tokens.shape[1]
   if positions is None:
-    positions = jnp.broadcast_to(cache.row[:, None], tokens.shape)
-  row_ok = streams.key_ok(tokens[:, None])
+    rows = cache.row[:, None] + jnp.arange(R)
+    positions = jnp.broadcast_to(rows[..., None], tokens.shape)
   key_ok = jax.vmap(lambda old, new, i: jax.lax.dynamic_update_slice(old, new, (i,)))(
-    cache.key_ok, row_ok, cache.row * len(streams)
+    cache.key_ok, streams.key_ok(tokens), cache.row * len(streams)
   )
-  visibility = streams.row_visibility(tokens, cache.row, key_ok)
-  turn = trunk.turn(streams.to_attention(positions[:, None]))
-  x = _embedded(trunk, tokens)
-  x, k, v = model.through_layers(x, turn, cache, visibility)
-  hidden = streams.from_attention(trunk.normed(x))[:, 0]
-  return hidden, Cache(k, v, key_ok, cache.row + 1)
+  visibility = streams.visibility_in_cache(tokens, cache.row, key_ok)
+  turn = trunk.turn(streams.to_attention(positions))
+  x, k, v = model.through_layers(_embedded(trunk, tokens), turn, cache, visibility)
+  hidden = streams.from_attention(trunk.normed(x))
+  return hidden, Cache(k, v, key_ok, cache.row + (R if count is None else count))
 
 
 def _embedded(trunk, tokens):
-  """Token plus stream embedding of a row [B, S] -> [B, S, D] in attention order."""
-  ids = trunk.streams.to_attention(jnp.maximum(tokens, 0)[:, None])
+  """Token plus stream embedding of rows [B, R, S] -> [B, R * S, D] in attention order."""
+  ids = trunk.streams.to_attention(jnp.maximum(tokens, 0))
   columns = trunk.embed[...].at[ids].get(mode="promise_in_bounds")
   return trunk.with_streams(sharding.gather(columns, "table_dim", 2), jnp.arange(ids.shape[1]))
 
@@ -257,10 +289,14 @@ def _trunk(model):
 
 
 def _attend_cache(k_cache, v_cache, i, at, visibility, turn, q, k, v, q_scale, k_scale):
-  """Writes the row's keys and values into layer i of the caches, then attends to it."""
+  """Writes the rows' keys and values into layer i of the caches, then attends to it."""
   q, k = turn(q, q_scale), turn(k, k_scale)
   put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
-  k_cache[i] = put(k_cache[i], jnp.swapaxes(k, 1, 2).astype(k_cache[i].dtype), at)
-  v_cache[i] = put(v_cache[i], jnp.swapaxes(v, 1, 2).astype(v_cache[i].dtype), at)
-  out = xla.attention(jnp.swapaxes(q, 1, 2), k_cache[i], v_cache[i], visibility)
-  return jnp.swapaxes(out, 1, 2)
+  k_cache[i] = put(k_cache[i], _swap(k).astype(k_cache[i].dtype), at)
+  v_cache[i] = put(v_cache[i], _swap(v).astype(v_cache[i].dtype), at)
+  return _swap(xla.attention(_swap(q), k_cache[i], v_cache[i], visibility))
+
+
+def _swap(x):
+  """[B, cells, heads, H] to [B, heads, cells, H], or back."""
+  return jnp.swapaxes(x, 1, 2)

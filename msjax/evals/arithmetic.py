@@ -4,7 +4,8 @@ import numpy as np
 
 from msjax.data import synthetic
 from msjax.data.synthetic import Question
-from msjax.decoding.generate import FREE, fill
+from msjax.decoding.engine import fill
+from msjax.decoding.tick import FREE
 from msjax.model import Model
 
 QUESTIONS = 500
@@ -26,7 +27,7 @@ def answered(model: Model, asked: list[Question]) -> np.ndarray:
   if not model.config.data.chat:
     grid[:, :, user] = model.streams.silence_id
   grid[:, : heard.shape[1], user] = heard
-  return fill(model.decoder(batch=len(asked), rows=rows), grid)
+  return fill(model.engine(places=len(asked), rows=rows), grid)
 
 
 def measure(model: Model) -> dict[str, float]:

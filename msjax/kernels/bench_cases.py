@@ -150,7 +150,7 @@ def _make_decode(attend, shape: Shape):
   new = shape.array(B, S, shape.kv_heads, shape.head_dim)
   cache = shape.array(2, B, M, lanes)
   row = np.full(B, -(-shape.length // S), np.int32)
-  see = shape.rule.row_visibility(np.ones((B, S), np.int32), row, np.ones((B, M), bool))
+  see = shape.rule.visibility_in_cache(np.ones((B, 1, S), np.int32), row, np.ones((B, M), bool))
   q = shape.array(B, S, shape.heads, shape.head_dim)
   return attend, (q, new, new, cache, cache, np.int32(0), Visibility(*map(np.asarray, see)))
 

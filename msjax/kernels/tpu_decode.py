@@ -148,8 +148,8 @@ def plan(visibility: Visibility, k_cache: jax.Array) -> Plan:
   nothing: they stand before the first half and after the second.
 
   Args:
-    visibility: as `Streams.row_visibility` makes it. The caller sees to it that the `itself` of a
-      session are neighbours, that `start` is 0, and that `end` is no less than the row's first
+    visibility: as `Streams.visibility_in_cache` makes it. The caller sees to it that the `itself`
+      of a session are neighbours, that `start` is 0, and that `end` is no less than the row's first
       cell: that every earlier cell is seen by all queries or, where not `key_ok`, by none.
     k_cache: [layers, B, M, K * H].
   """

@@ -1,0 +1,184 @@
+"""How a session's streams are written: how tokens are drawn, what counts against them, when a
+stream is silent."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from msjax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Silence:
+  """When a stream that the model writes says nothing.
+
+  Rows in which no input stream speaks, after one has spoken, are quiet. Without input streams all
+  rows are.
+
+  Attributes:
+    penalty: taken from the logit of silence in quiet rows.
+    ramp: quiet rows until it is whole; it grows by as much with each.
+    lead: whether the row that is written is one of them if no input waits for it, as the official
+      release has it where the text is known beforehand; else only rows that have been fed count.
+    while_read: whether the penalty grows while inputs speak, too: with `lead` from their first
+      token on, and anew once they have ended; else it goes on where it was when they broke in.
+    shortest: rows; who falls silent stays so as long.
+    longest: rows; who was silent as long has to speak. 0: no limit.
+    duty: the share of a session's rows in which a stream may speak at most.
+  """
+
+  penalty: float = 0.0
+  ramp: int = 1
+  lead: bool = False
+  while_read: bool = False
+  shortest: int = 0
+  longest: int = 0
+  duty: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """How one stream is written.
+
+  What counts against tokens comes first, then the temperature, then what is cut off.
+
+  Attributes:
+    temperature: 0 takes the likeliest token.
+    top_k: only so many likeliest are drawn, and those that are as likely as the last; 0: all.
+    top_p: only the likeliest that make up this share, the one that completes it included.
+    min_p: only those that are at least this share as likely as the likeliest.
+    repetition_penalty: logits of tokens that the stream has had are divided by it if positive, else
+      multiplied. Silence does not count.
+    presence_penalty: what is taken from the logits of these.
+    logit_bias: what is added to the logits of tokens, by id.
+    silence: when the stream says nothing.
+    ablated: whether it always says nothing.
+  """
+
+  temperature: float = 0.0
+  top_k: int = 0
+  top_p: float = 1.0
+  min_p: float = 0.0
+  repetition_penalty: float = 1.0
+  presence_penalty: float = 0.0
+  logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+  silence: Silence = Silence()
+  ablated: bool = False
+
+  def check(self, where: str, vocab_size: int) -> None:
+    """Refuses what is out of range; `where` names session and stream."""
+    s = self.silence
+    for name, value, ok, expected in (
+      ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
+      ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
+      ("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1"),
+      ("min_p", self.min_p, 0 <= self.min_p < 1, "0 or more, less than 1"),
+      (
+        "repetition_penalty",
+        self.repetition_penalty,
+        0 < self.repetition_penalty < math.inf,
+        "more than 0",
+      ),
+      ("presence_penalty", self.presence_penalty, math.isfinite(self.presence_penalty), "a number"),
+      ("silence.penalty", s.penalty, math.isfinite(s.penalty), "a number"),
+      ("silence.ramp", s.ramp, s.ramp >= 1, "1 row or more"),
+      ("silence.shortest", s.shortest, s.shortest >= 0, "0 rows or more"),
+      ("silence.longest", s.longest, s.longest >= 0, "0 (no limit) or more rows"),
+      ("silence.duty", s.duty, 0 <= s.duty <= 1, "0 to 1"),
+    ):
+      if not ok:
+        raise InputError(f"{where}: {name}: {value}; expected {expected}")
+    if s.longest and s.shortest > s.longest:
+      raise InputError(
+        f"{where}: silence.shortest: {s.shortest} rows; expected at most silence.longest "
+        f"({s.longest})"
+      )
+    for token, bias in self.logit_bias.items():
+      if not (0 <= token < vocab_size and not math.isnan(bias)):
+        raise InputError(
+          f"{where}: logit_bias: {bias} for token {token}; expected numbers for tokens 0 to "
+          f"{vocab_size - 1}"
+        )
+
+  @property
+  def remembers(self) -> bool:
+    """Whether it asks which tokens the stream has had."""
+    return self.repetition_penalty != 1 or self.presence_penalty != 0
+
+
+# The official release's: its Section 7 model, text known beforehand and live.
+OFFICIAL_SCRIPTED = Silence(penalty=10.0, ramp=5, lead=True)
+OFFICIAL_LIVE = Silence(penalty=10.0, ramp=5)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Knobs:
+  """The policies of all sessions and streams as arrays [B, S], for the devices.
+
+  Attributes are those of `Policy` and `Silence`; `bias_ids` and `bias` are [B, S, n], unused
+  places have id -1.
+  """
+
+  temperature: Any
+  top_k: Any
+  top_p: Any
+  min_p: Any
+  repetition_penalty: Any
+  presence_penalty: Any
+  bias_ids: Any
+  bias: Any
+  ablated: Any
+  penalty: Any
+  ramp: Any
+  lead: Any
+  while_read: Any
+  shortest: Any
+  longest: Any
+  duty: Any
+
+  @classmethod
+  def of(cls, policies: Sequence[Sequence[Policy]]) -> "Knobs":
+    """Lines up the policies [B][S]."""
+
+    def array(get, dtype):
+      return np.array([[get(policy) for policy in of_session] for of_session in policies], dtype)
+
+    of = lambda name, dtype: array(lambda policy: getattr(policy, name), dtype)
+    of_silence = lambda name, dtype: array(lambda policy: getattr(policy.silence, name), dtype)
+    ids, bias = _biases(policies)
+    return cls(
+      temperature=of("temperature", np.float32),
+      top_k=of("top_k", np.int32),
+      top_p=of("top_p", np.float32),
+      min_p=of("min_p", np.float32),
+      repetition_penalty=of("repetition_penalty", np.float32),
+      presence_penalty=of("presence_penalty", np.float32),
+      bias_ids=ids,
+      bias=bias,
+      ablated=of("ablated", bool),
+      penalty=of_silence("penalty", np.float32),
+      ramp=of_silence("ramp", np.int32),
+      lead=of_silence("lead", bool),
+      while_read=of_silence("while_read", bool),
+      shortest=of_silence("shortest", np.int32),
+      longest=of_silence("longest", np.int32),
+      duty=of_silence("duty", np.float32),
+    )
+
+
+def _biases(policies: Sequence[Sequence[Policy]]) -> tuple[np.ndarray, np.ndarray]:
+  """Token ids int32 [B, S, n] and what is added float32 [B, S, n]; n a power of two or 0."""
+  most = max((len(p.logit_bias) for of_session in policies for p in of_session), default=0)
+  n = 1 << (most - 1).bit_length() if most else 0
+  shape = len(policies), len(policies[0]), n
+  ids, bias = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
+  for b, of_session in enumerate(policies):
+    for s, policy in enumerate(of_session):
+      for i, (token, value) in enumerate(sorted(policy.logit_bias.items())):
+        ids[b, s, i], bias[b, s, i] = token, value
+  return ids, bias

@@ -1,0 +1,338 @@
+"""Many sessions of one model: what each writes, and what that does not depend on."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from msjax.config import Config, ModelConfig
+from msjax.decoding import tick
+from msjax.decoding.engine import Engine, fill
+from msjax.decoding.policy import Policy
+from msjax.decoding.prepared import Unrolled
+from msjax.decoding.session import Stop
+from msjax.decoding.tick import FREE
+from msjax.errors import InputError, RunError
+from msjax.kernels import xla
+from msjax.streams import HOLE, Stream, Streams
+from msjax.training.state import Learner
+
+VOCAB, SILENCE, ROWS = 20, 3, 12
+TINY = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_dim=64, dtype="float32")
+STREAMS = Streams(
+  tuple(map(Stream.parse, ("output:output", "user:input", "think:internal"))), SILENCE
+)
+
+
+@pytest.fixture(autouse=True)
+def small_key_blocks(monkeypatch):
+  """So that a few rows fill several."""
+  monkeypatch.setattr(xla, "KEY_BLOCK", 4)
+
+
+@functools.cache
+def model():
+  """Every weight random."""
+  learner = Learner(Config(model=TINY), STREAMS, VOCAB)
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(learner.init, jax.random.key(0)).params
+  draw = lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype)
+  return learner.model(jax.tree.map(draw, shapes))
+
+
+@functools.cache
+def unrolled():
+  return Unrolled.of(model())
+
+
+def written(grid, rows=ROWS, temperature=0.0, seed=0):
+  """The grid [B, R, S] filled up."""
+  return fill(Engine(unrolled(), len(grid), rows), grid, Policy(temperature), seed)
+
+
+def listening(same=False):
+  """Two sessions with random user text, if wanted the same, the rest free."""
+  grid = np.full((2, ROWS, 3), FREE, np.int32)
+  grid[:, :, 1] = np.random.default_rng(0).integers(0, VOCAB, (1 if same else 2, ROWS))
+  return grid
+
+
+def test_what_is_given_stands_and_the_rest_is_written():
+  grid = listening()
+  grid[1, 4:7, 2] = [5, HOLE, 6]
+  out = written(grid)
+  assert out.dtype == np.int32
+  assert np.all((out >= HOLE) & (out < VOCAB))
+  np.testing.assert_array_equal(out[grid != FREE], grid[grid != FREE])
+
+
+def test_free_cells_are_the_likeliest_by_a_whole_pass():
+  grid = listening()
+  grid[1, :3] = HOLE  # a ragged start
+  grid[0, 6, 0] = HOLE
+  out = written(grid)
+  logits = jax.jit(lambda m, tokens: m.logits(m(tokens), tokens))(model(), out)
+  expected = np.where(out == HOLE, SILENCE, np.argmax(logits, -1))[:, :-1]
+  free = grid[:, 1:] == FREE
+  np.testing.assert_array_equal(out[:, 1:][free], expected[free])
+  assert len(np.unique(out[:, 1:][free])) > 3
+
+
+def test_where_nothing_was_read_silence_is_written():
+  grid = listening()
+  grid[1, :3] = HOLE
+  grid[0, 6, 0] = HOLE
+  out = written(grid, temperature=1.0)
+  np.testing.assert_array_equal(out[0, 0, [0, 2]], SILENCE)  # the very first row
+  np.testing.assert_array_equal(out[1, 3, [0, 2]], SILENCE)  # after holes
+  assert out[0, 7, 0] == SILENCE
+
+
+def test_a_session_goes_on_where_it_was():
+  whole = written(grid := listening(), temperature=1.0)
+  engine = Engine(unrolled(), 2, rows=4)
+  sessions = [engine.join(policies=Policy(1.0), script=rows[:5]) for rows in grid]
+  for r in range(ROWS):
+    for session, rows in zip(sessions, grid):
+      if r == 5:
+        session.script.extend(rows[5:])
+    engine.step()
+  np.testing.assert_array_equal([session.rows for session in sessions], whole)
+
+
+def test_broken_parameters_write_nothing():
+  broken = jax.tree.map(lambda p: p, unrolled())
+  broken = dataclasses.replace(broken, columns=broken.columns.at[:, 7].set(jnp.nan))
+  with pytest.raises(RunError, match="session 0, row 1: logits are not finite"):
+    fill(Engine(broken, 2), listening())
+
+
+def test_greedy_writing_depends_on_neither_seed_nor_room():
+  first = written(listening())
+  np.testing.assert_array_equal(written(listening(), seed=5), first)
+  np.testing.assert_array_equal(written(listening(), rows=ROWS // 4), first)  # grows twice
+
+
+def test_draws_depend_on_seed_session_row_and_stream_alone():
+  grid = listening(same=True)
+  first = written(grid, temperature=1.0, seed=5)
+  np.testing.assert_array_equal(written(grid, temperature=1.0, seed=5, rows=ROWS // 4), first)
+  np.testing.assert_array_equal(written(grid[:1], temperature=1.0, seed=5), first[:1])
+  assert np.any(written(grid, temperature=1.0, seed=6) != first)
+  assert np.any(first[0] != first[1])  # sessions that were told the same
+  assert np.any(first[:, :, 0] != first[:, :, 2])  # streams
+  assert len(np.unique(first[0, 1:, 0])) > 3  # rows
+
+
+def test_rows_come_as_they_are_made():
+  """What is given next may answer what was just written."""
+  engine = Engine(unrolled(), rows=ROWS)
+  session = engine.join()
+  for _ in range(ROWS):
+    ((same, row),) = engine.step()
+    assert same is session and (row == session.rows[-1]).all()
+    session.say("user", [int(row[0])])  # repeats what the output said
+  out = np.stack(session.rows)
+  np.testing.assert_array_equal(out[1:, 1], out[:-1, 0])
+
+
+# Sessions come and go.
+
+PLACES, AT_ONCE = 3, 4
+HOT = Policy(1.0, top_k=7, top_p=0.9)
+
+
+def engine(**options):
+  return Engine(unrolled(), PLACES, **{"rows": 8, "rows_at_once": AT_ONCE, **options})
+
+
+def prompt(number):
+  rng = np.random.default_rng(number)
+  return rng.integers(0, VOCAB, (5 * number % 13, 3)).astype(np.int32)
+
+
+def live(numbers, steps=14):
+  """Lets sessions run together, each of which is told something on the way; returns their rows."""
+  together = engine()
+  sessions = [
+    together.join(prompt(n), HOT, seed=3, number=n, stop=Stop(rows=len(prompt(n)) + steps))
+    for n in numbers
+  ]
+  while together.sessions:
+    together.step()
+    for session in sessions:
+      if len(session.rows) == len(prompt(session.number)) + 4:
+        session.say("user", [1, 2, session.number])
+  return {session.number: np.stack(session.rows) for session in sessions}
+
+
+def test_a_session_writes_the_same_alone_and_among_others():
+  alone = {n: live([n])[n] for n in range(6)}
+  for order in ([0, 1, 2], [5, 3, 1, 4, 2, 0]):  # some wait for a place
+    for n, rows in live(order).items():
+      np.testing.assert_array_equal(rows, alone[n])
+  for n, rows in alone.items():
+    given, told = prompt(n), rows[len(prompt(n)) :]
+    np.testing.assert_array_equal(rows[: len(given)], given)
+    np.testing.assert_array_equal(told[:8, 1], [SILENCE] * 4 + [1, 2, n, SILENCE])
+  assert len({rows[-1].tobytes() for rows in alone.values()}) > 3
+
+
+def test_what_was_read_in_blocks_is_what_was_read_row_by_row():
+  given = prompt(2)
+  assert len(given) > 2 * AT_ONCE
+  block, rows = engine(), engine()
+  read = block.join(given, stop=Stop(rows=20))
+  fed = rows.join(script=given, stop=Stop(rows=20))
+  for each in (block, rows):
+    while each.sessions:
+      each.step()
+  np.testing.assert_array_equal(read.rows, fed.rows)
+  logits = jax.jit(lambda m, tokens: m.logits(m(tokens), tokens))(
+    model(), np.stack(read.rows)[None]
+  )
+  written = np.argmax(logits[0], -1)[len(given) - 1 : -1, [0, 2]]
+  np.testing.assert_array_equal(np.stack(read.rows)[len(given) :, [0, 2]], written)
+
+
+def test_who_is_read_in_holds_nobody_up():
+  here = engine()
+  first = here.join()
+  here.step()
+  here.join(np.tile(prompt(2), (6, 1)))
+  for row in range(2, 20):
+    assert next(session for session, _ in here.step()) is first
+    assert len(first.rows) == row
+
+
+def test_a_token_enters_with_the_next_row():
+  here = engine()
+  session, other = here.join(), here.join()
+  for _ in range(3):
+    here.step()
+  session.say("user", [7, 8])
+  session.force("think", [5])
+  ((_, row), (_, of_other)) = here.step()
+  assert row[1:].tolist() == [7, 5] and of_other[1] == SILENCE
+  assert here.step()[0][1][1] == 8
+  assert other.rows[-1][1] == SILENCE
+
+
+def test_a_pause_changes_nothing_but_when():
+  whole = live([1])[1]
+  here = engine()
+  session = here.join(prompt(1), HOT, seed=3, number=1, stop=Stop(rows=len(whole)))
+  other = here.join()
+  while session.status != "ended":
+    here.step()
+    if len(session.rows) in (len(prompt(1)) + 2, len(prompt(1)) + 9):
+      session.pause()
+      before = len(session.rows), len(other.rows)
+      for _ in range(3):
+        here.step()
+      assert (len(session.rows), len(other.rows)) == (before[0], before[1] + 3)
+      session.resume()
+      here.step()
+    if len(session.rows) == len(prompt(1)) + 4:
+      session.say("user", [1, 2, 1])
+  np.testing.assert_array_equal(session.rows, whole)
+
+
+def test_nothing_is_compiled_once_it_is_warm():
+  live(range(6))
+  programs = tick.tick, tick.prefill, tick.put, tick.begin
+  before = [program._cache_size() for program in programs]
+  live([3, 1, 5, 0, 4])
+  assert [program._cache_size() for program in programs] == before
+
+
+def test_the_context_has_an_end():
+  here = engine(max_rows=10)
+  session, other = here.join(), here.join(stop=Stop(rows=4))
+  while here.sessions:
+    here.step()
+  assert (session.reason, len(session.rows)) == ("context is full", 10)
+  assert (other.reason, len(other.rows)) == ("rows", 4)
+  assert repr(session) == "Session(0, context is full, row 10)"
+
+
+@pytest.mark.parametrize(
+  ("stop", "script", "rows", "reason"),
+  [
+    (Stop(end_id=5, end_streams=("think",)), [[0, 0, 0], [5, 5, 0], [0, 0, 5]], 3, "end token"),
+    (Stop(silent_rows=2), [[SILENCE] * 3, [SILENCE, 1, SILENCE], [HOLE] * 3], 4, "silence"),
+    (Stop(tokens={"output": 2}), [[SILENCE] * 3, [1, 1, 1], [HOLE, 1, 1], [2, 2, 2]], 4, "tokens"),
+    (Stop(rows=2), [[0, 0, 0]], 2, "rows"),
+  ],
+)
+def test_rules_to_stop(stop, script, rows, reason):
+  here = engine()
+  session = here.join(script=np.array(script + [[SILENCE] * 3] * 4, np.int32), stop=stop)
+  while here.sessions:
+    here.step()
+  assert (session.reason, len(session.rows)) == (reason, rows)
+
+
+def test_policies_are_those_of_each_stream_and_session():
+  here = engine(remembers=True)
+  mute, bent = Policy(ablated=True), Policy(logit_bias={9: 1e6})
+  first = here.join(policies={"think": mute, "output": bent})
+  second = here.join(policies={"think": Policy(1.0, presence_penalty=1e6)})
+  for _ in range(10):
+    here.step()
+  rows, others = np.stack(first.rows), np.stack(second.rows)
+  assert (rows[1:, 0] == 9).all() and (rows[:, 2] == SILENCE).all()
+  said = others[1:, 2][others[1:, 2] != SILENCE]
+  assert len(set(said)) == len(said) > 3
+
+
+@pytest.mark.parametrize(
+  ("words", "message"),
+  [
+    (
+      {"prompt": np.zeros((2, 2), int)},
+      r"session 4: prompt of int64, shape \(2, 2\); expected int",
+    ),
+    ({"prompt": np.full((1, 3), FREE)}, r"session 4: prompt of .*, -1 \(hole\) to 19"),
+    ({"prompt": np.full((1, 3), VOCAB)}, "expected integers"),
+    ({"prompt": np.zeros((99, 3), int)}, "prompt of 99 rows; expected at most the 64 of a context"),
+    ({"script": np.zeros((1, 3), float)}, r"session 4: script of float64, .* -2 \(free\)"),
+    ({"policies": {"thinks": Policy()}}, "stream 'thinks' is unknown: .* did you mean 'think'"),
+    (
+      {"policies": Policy(temperature=-1.0)},
+      "session 4, stream 'output': temperature: -1.0; expected 0 or more",
+    ),
+    ({"policies": Policy(presence_penalty=1.0)}, "expected an Engine made with remembers=True"),
+    ({"stop": Stop(tokens={"outputs": 3})}, "stream 'outputs' is unknown"),
+  ],
+)
+def test_what_is_wrong_is_refused_and_the_others_go_on(words, message):
+  here = engine(max_rows=64)
+  session = here.join()
+  here.step()
+  with pytest.raises(InputError, match=message):
+    here.join(number=4, **words)
+  here.step()
+  assert here.sessions == [session] and len(session.rows) == 2
+
+
+@pytest.mark.parametrize(
+  ("verb", "words", "message"),
+  [
+    ("say", ("think", [1]), "session 0: stream 'think' is written by the model; .*user"),
+    ("say", ("users", [1]), "stream 'users' is unknown: .* did you mean 'user'"),
+    ("say", ("user", [VOCAB]), "session 0: stream 'user': 20 is no token; expected 0 to 19"),
+    ("say", ("user", [1] * 9), "session 0: stream 'user': 0 tokens wait .* limit of 8"),
+    ("force", ("user", [1]), "session 0: stream 'user' is an input; say it"),
+  ],
+)
+def test_what_cannot_be_said_is_refused(verb, words, message):
+  here = engine(queue_limit=8)
+  session = here.join()
+  with pytest.raises(InputError, match=message):
+    getattr(session, verb)(*words)
+  here.step()
+  assert len(session.rows) == 1
