@@ -276,6 +276,29 @@ def test_rules_to_stop(stop, script, rows, reason):
   assert (session.reason, len(session.rows)) == (reason, rows)
 
 
+def test_who_is_ended_makes_room():
+  here = engine()
+  sessions = [here.join() for _ in range(PLACES)]
+  last, reading = here.join(np.tile(prompt(2), (6, 1))), here.join(np.tile(prompt(2), (6, 1)))
+  here.step()
+  assert last.status == "waiting" and here.sessions == [*sessions, last, reading]
+  sessions[1].end("enough")
+  here.step()
+  assert len(last.rows) == AT_ONCE
+  last.end("enough, too")
+  reading.end("not even begun")
+  assert here.sessions == [sessions[0], sessions[2]]
+  here.join()
+  assert len(here.step()) == PLACES
+  assert len(sessions[1].rows) == 1
+
+
+@pytest.mark.parametrize("field", ["places", "rows", "max_rows", "rows_at_once"])
+def test_there_is_room_for_something(field):
+  with pytest.raises(InputError, match=f"^{field}: 0; expected 1 or more$"):
+    Engine(unrolled(), **{field: 0})
+
+
 def test_policies_are_those_of_each_stream_and_session():
   here = engine(remembers=True)
   mute, bent = Policy(ablated=True), Policy(logit_bias={9: 1e6})
@@ -327,6 +350,7 @@ def test_what_is_wrong_is_refused_and_the_others_go_on(words, message):
     ("say", ("user", [VOCAB]), "session 0: stream 'user': 20 is no token; expected 0 to 19"),
     ("say", ("user", [1] * 9), "session 0: stream 'user': 0 tokens wait .* limit of 8"),
     ("force", ("user", [1]), "session 0: stream 'user' is an input; say it"),
+    ("say", ("user", "hi"), "session 0: 'hi': expected token ids; encode text first"),
   ],
 )
 def test_what_cannot_be_said_is_refused(verb, words, message):

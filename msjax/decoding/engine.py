@@ -18,6 +18,7 @@ from msjax.decoding.prepared import Prepared
 from msjax.decoding.session import ENDED, NOT_FINITE, RUNNING, Session, Stop
 from msjax.decoding.tick import FREE, State
 from msjax.errors import InputError
+from msjax.mesh import check_sessions
 from msjax.streams import HOLE
 
 _GREEDY, _NO_STOP = Policy(), Stop()
@@ -52,7 +53,15 @@ class Engine:
       rows_at_once: of a session that is read in, between two ticks.
       remembers: whether policies may ask which tokens a stream has had.
       queue_limit: tokens that may wait in one stream of a session.
+
+    Raises:
+      InputError: a number below 1, or places that the mesh in use cannot deal out.
     """
+    sizes = {"places": places, "rows": rows, "max_rows": max_rows, "rows_at_once": rows_at_once}
+    for name, size in sizes.items():
+      if size < 1:
+        raise InputError(f"{name}: {size}; expected 1 or more")
+    check_sessions(model.trunk.cfg, places)
     self.model, self.streams = model, model.trunk.streams
     self.max_rows, self._at_once, self._remembers = max_rows, rows_at_once, remembers
     self._queue_limit = queue_limit
@@ -110,15 +119,28 @@ class Engine:
     Returns:
       The sessions with the rows int32 [S] that they were fed, token ids and holes.
     """
+    self._let_go()
     self._read_in()
-    return self._tick()
+    found = self._tick()
+    self._let_go()
+    return found
 
   @property
   def sessions(self) -> list[Session]:
-    """All that have not ended, by when they came."""
-    here = [s for s in self._places if s is not None]
+    """All that have not ended, by number."""
+    here = [session for session in self._places if session is not None]
     here += [self._reading[0]] if self._reading else []
-    return sorted((*here, *self._waiting), key=lambda session: session.number)
+    going_on = (session for session in (*here, *self._waiting) if session.status != ENDED)
+    return sorted(going_on, key=lambda session: session.number)
+
+  def _let_go(self) -> None:
+    """Frees the places of sessions that have ended."""
+    for place, session in enumerate(self._places):
+      if session is not None and session.status == ENDED:
+        self._places[place], self._knobs = None, None
+    self._waiting = [session for session in self._waiting if session.status != ENDED]
+    if self._reading and self._reading[0].status == ENDED:
+      self._reading = None
 
   # Reading in.
 
@@ -214,8 +236,6 @@ class Engine:
         session.end(NOT_FINITE)
       elif session.status == RUNNING and len(session.rows) >= self.max_rows:
         session.end("context is full")
-      if session.status == ENDED:
-        self._places[place], self._knobs = None, None
     return found
 
   # What is handed in.

@@ -93,6 +93,8 @@ class Session:
     self._append(s, ids)
 
   def _append(self, s, ids):
+    if isinstance(ids, str):
+      raise InputError(f"session {self.number}: {ids!r}: expected token ids; encode text first")
     name, wrong = self.streams.names[s], [i for i in ids if not 0 <= i < self._vocab_size]
     if wrong:
       raise InputError(
