@@ -135,8 +135,7 @@ def test_a_tick_of_chips_that_share_a_model(streams):
   # Two sums a layer, of the row's cells.
   row = 4 * streams * m.dim * 2
   in_loop = {(c.kind, c.bytes, c.count) for c in report.collectives if c.in_loop}
-  search = ("all-reduce", 15 * 4 * 4 * streams, 16)  # for what top_k and top_p cut off, if asked
-  assert in_loop - {search} == {("all-reduce", row, 2 * LAYERS)}
+  assert in_loop == {("all-reduce", row, 2 * LAYERS)}
   assert all(c.bytes <= row for c in report.collectives)  # neither logits nor the embedding
 
 

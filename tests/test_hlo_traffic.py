@@ -11,7 +11,7 @@ IN_VMEM = "f32[1,512,1024]{2,1,0:T(8,128)S(1)}"
 INDEX = "%i = s32[]{:T(128)S(6)} parameter(1)"
 
 
-def moved(lines, fused=""):
+def moved(lines, fused="", branch=max):
   """HBM bytes of lines that may use `%stack`, `%one` and the scalar `%i`, which costs nothing."""
   entry = f"""ENTRY %main (stack: f32[6,512,1024], i: s32[], one: f32[1,512,1024]) -> f32[] {{
   %stack = {STACK} parameter(0)
@@ -20,7 +20,7 @@ def moved(lines, fused=""):
   {lines}
 }}
 """
-  return parse_module(f"HloModule jit_f\n\n{fused}{entry}").hbm_bytes
+  return parse_module(f"HloModule jit_f\n\n{fused}{entry}", branch).hbm_bytes
 
 
 def fused(*lines):
@@ -159,7 +159,7 @@ def test_a_scan_reads_each_layer_once():
   assert moved(line, loop) == 6 * LAYER
 
 
-def test_of_a_conditional_the_dearest_branch_counts():
+def test_of_a_conditional_the_dearest_or_the_cheapest_branch_counts():
   branches = f"""%cheap (a: f32[]) -> f32[] {{
   %a = {ONE} parameter(0)
   ROOT %n = {ONE} negate(%a)
@@ -174,6 +174,7 @@ def test_of_a_conditional_the_dearest_branch_counts():
 """
   line = f"%y = {ONE} conditional(%i, %one, %one), branch_computations={{%cheap, %dear}}"
   assert moved(line, branches) == 4 * LAYER
+  assert moved(line, branches, min) == 2 * LAYER
   pair = "true_computation=%dear, false_computation=%cheap"
   line = f"%y = {ONE} conditional(%i, %one, %one), {pair}"
   assert moved(line, branches) == 4 * LAYER

@@ -1,13 +1,14 @@
 """What a compiled TPU program moves, computes and exchanges, read from its optimized HLO.
 
 Loops that count to a constant are taken to count from 0 by 1, as those of `jax.lax.scan` do; others
-count once. Of the branches of a `conditional` that with the most HBM traffic counts. Work on a
-SparseCore moves bytes, but takes no cycles of the TensorCore.
+count once. Of the branches of a `conditional` one counts, by its HBM traffic. Work on a SparseCore
+moves bytes, but takes no cycles of the TensorCore.
 """
 
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 
 from msjax.kernels.collectives import Collective, collectives_of, kind_of, merge
 from msjax.kernels.hlo_text import HBM, VMEM, Computation, Instruction, Text, parse_text, size
@@ -75,27 +76,40 @@ class Module:
     return dataclasses.replace(self, xla_cycles=0, matmul_cycles=0, copy_cycles=0)
 
 
-def parse_module(text: str) -> Module:
-  """Reads the text of an optimized TPU module, as `static.compile_with_text` gives it."""
+def parse_module(text: str, branch: Callable[..., Module] = max) -> Module:
+  """Reads the text of an optimized TPU module, as `static.compile_with_text` gives it.
+
+  Args:
+    text: of the module.
+    branch: `max` or `min`: which branch of a conditional is taken, by what it moves.
+  """
   parsed = parse_text(text)
-  return _cost_of_computation(parsed, parsed.computations[parsed.entry], asynchronous=False)
+  return _cost_of_computation(parsed, parsed.computations[parsed.entry], False, branch)
 
 
-def _cost_of_computation(text: Text, computation: Computation, asynchronous: bool) -> Module:
+def _cost_of_computation(
+  text: Text, computation: Computation, asynchronous: bool, branch: Callable[..., Module]
+) -> Module:
   """Adds up the instructions of one computation and of those it calls."""
-  costs = (_cost(text, computation, x, asynchronous) for x in computation.instructions.values())
+  instructions = computation.instructions.values()
+  costs = (_cost(text, computation, x, asynchronous, branch) for x in instructions)
   total = sum(costs, Module())
   return dataclasses.replace(total, collectives=merge(total.collectives))
 
 
 def _cost(
-  text: Text, computation: Computation, instruction: Instruction, asynchronous: bool
+  text: Text,
+  computation: Computation,
+  instruction: Instruction,
+  asynchronous: bool,
+  branch: Callable[..., Module],
 ) -> Module:
   """What one instruction costs with all that it calls."""
   if instruction.op in _CALLERS or "called_computations=" in instruction.text:
     asynchronous |= instruction.op == "async-start"
-    called = [_cost_of_computation(text, x, asynchronous) for x in text.called_by(instruction)]
-    cost = max(called, key=lambda branch: branch.hbm_bytes)  # only a conditional calls several
+    called = text.called_by(instruction)
+    costs = [_cost_of_computation(text, each, asynchronous, branch) for each in called]
+    cost = branch(costs, key=lambda cost: cost.hbm_bytes)  # only a conditional calls several
     if instruction.op == "while":
       cost = cost.repeated(_trips(text, instruction))
     return cost.off_core() if 'execution_thread="sparsecore"' in instruction.text else cost
