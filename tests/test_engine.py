@@ -108,6 +108,10 @@ def test_broken_parameters_write_nothing():
   broken = dataclasses.replace(broken, columns=broken.columns.at[:, 7].set(jnp.nan))
   with pytest.raises(RunError, match="session 0, row 1: logits are not finite"):
     fill(Engine(broken, 2), listening())
+  here = Engine(broken, 2)
+  session = here.join(prompt(1))
+  here.step()
+  assert (session.reason, len(session.rows)) == ("logits are not finite", len(prompt(1)))
 
 
 def test_greedy_writing_depends_on_neither_seed_nor_room():
@@ -257,6 +261,10 @@ def test_the_context_has_an_end():
   assert (session.reason, len(session.rows)) == ("context is full", 10)
   assert (other.reason, len(other.rows)) == ("rows", 4)
   assert repr(session) == "Session(0, context is full, row 10)"
+  read = here.join(np.tile(prompt(2), (2, 1))[:10])
+  while here.sessions:
+    here.step()
+  assert (read.reason, len(read.rows)) == ("context is full", 10)
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ class Engine:
     self._told[place] = np.asarray(one.proposal)[0]
     self.state = tick_lib.put(self.model, self.state, one, np.int32(place))
     self._take(place, session)
+    self._look_at(place, session)
 
   def _take(self, place: int, session: Session) -> None:
     self._places[place], self._knobs = session, None
@@ -232,11 +233,15 @@ class Engine:
     for place, session in running:
       session.was_fed(fed[place])
       found.append((session, fed[place]))
-      if session.status == RUNNING and (self._told[place] == tick_lib.NOT_FINITE).any():
-        session.end(NOT_FINITE)
-      elif session.status == RUNNING and len(session.rows) >= self.max_rows:
-        session.end("context is full")
+      self._look_at(place, session)
     return found
+
+  def _look_at(self, place: int, session: Session) -> None:
+    """Ends a session that cannot go on."""
+    if session.status == RUNNING and (self._told[place] == tick_lib.NOT_FINITE).any():
+      session.end(NOT_FINITE)
+    elif session.status == RUNNING and len(session.rows) >= self.max_rows:
+      session.end("context is full")
 
   # What is handed in.
 
