@@ -210,6 +210,9 @@ def test_who_is_read_in_holds_nobody_up():
   for row in range(2, 20):
     assert next(session for session, _ in here.step()) is first
     assert len(first.rows) == row
+    if row == 3:
+      late = here.join()
+  assert len(late.rows) == 16
 
 
 def test_a_token_enters_with_the_next_row():

@@ -15,7 +15,7 @@ import numpy as np
 from msjax.decoding import tick as tick_lib
 from msjax.decoding.policy import Knobs, Policy
 from msjax.decoding.prepared import Prepared
-from msjax.decoding.session import ENDED, NOT_FINITE, RUNNING, Session, Stop
+from msjax.decoding.session import ENDED, NOT_FINITE, RUNNING, WAITING, Session, Stop
 from msjax.decoding.tick import FREE, State
 from msjax.errors import InputError
 from msjax.mesh import check_sessions
@@ -145,22 +145,27 @@ class Engine:
   # Reading in.
 
   def _read_in(self) -> None:
-    """Lets those come who wait, as long as there are places; of one who has rows to be read first,
-    reads some."""
-    while self._reading or (self._waiting and None in self._places):
-      if self._reading is None:
-        session = self._waiting.pop(0)
-        if not session.unread:
-          self._begin(session)
-          continue
-        self._reading = self._by_itself(session)
-      session, one, knobs = self._reading
-      one = self._read_some(session, one, knobs)
-      self._reading = session, one, knobs
+    """Lets those begin for whom there are places; of one who has rows to be read first, reads
+    some."""
+    free = self._places.count(None) - bool(self._reading)
+    coming = self._waiting[:free]
+    for session in coming:
       if not session.unread:
-        self._put(session, one)
-        self._reading = None
-      return
+        self._begin(session)
+    self._waiting = [session for session in self._waiting if session.status == WAITING]
+    if self._reading is None:
+      reader = next((session for session in coming if session.unread), None)
+      if reader is None:
+        return
+      self._waiting.remove(reader)
+      self._reading = self._by_itself(reader)
+    session, one, knobs = self._reading
+    one = self._read_some(session, one, knobs)
+    if session.unread:
+      self._reading = session, one, knobs
+    else:
+      self._reading = None
+      self._put(session, one)
 
   def _begin(self, session: Session) -> None:
     """Gives a session a place that has nothing to read first."""
