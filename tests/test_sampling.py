@@ -20,6 +20,7 @@ DRAWS = 4000
 STREAMS = Streams(tuple(map(Stream.parse, ("user:input", "output:output"))), silence_id=0)
 SILENCE = STREAMS.silence_id
 jitted = jax.jit(sample, static_argnames="silence_id")
+least_drawn = jax.jit(sampling._least)
 
 
 def draw(logits, policy, keys=None, past=None, reading=None, silence_id=-1):
@@ -155,7 +156,7 @@ def test_what_is_cut_off_of_many_tokens(seed, spread, steps, top_k, top_p, min_p
   scores = (spread * rng.normal(size=(1, 2, 400))).astype(np.float32)
   scores = np.round(scores * steps) / steps if steps else scores
   knobs = Knobs.of([[policy, Policy(1.0, top_k=3)]])
-  least = np.asarray(jax.jit(sampling._least)(scores.astype(np.float32), knobs))[0]
+  least = np.asarray(least_drawn(scores.astype(np.float32), knobs))[0]
   for s, of_stream in enumerate((policy, Policy(1.0, top_k=3))):
     ok = kept(scores[0, s].astype(np.float64), of_stream)
     ours = scores[0, s].astype(np.float32) >= least[s]
