@@ -197,8 +197,8 @@ def _least(scores: jax.Array, knobs: Knobs) -> jax.Array:
   all_p = (knobs.top_p >= 1)[..., None]
   by_k = jnp.where(no_k, -jnp.inf, last)
   least = jnp.where(all_p, by_k, by_p)
-  more = best[..., -1:] >= least  # of those that are not looked at, some may be as good
-  enough = jnp.where(no_k, all_p | (mass >= share), k <= n) & (~more | (no_k & all_p))
+  worst = best[..., -1:]  # as good as this may be some that are not looked at
+  enough = jnp.where(no_k, all_p | ((mass >= share) & (worst < least)), (k <= n) & (worst < last))
   known = enough | (n == scores.shape[-1] * sharding.size("vocab"))
   least = jax.lax.cond(
     ~_anywhere(~known),
