@@ -14,8 +14,8 @@ _SEEDS = (1, 40503)  # of two sums, for one of 32 bits would hit upon another to
 def fingerprint(arrays: Any, about: str = "") -> str:
   """Returns 16 hex digits for a tree of arrays and a text.
 
-  The devices add up the bits, each times a number of its place, in integers: whatever the order,
-  the sum is the same.
+  The devices mix the bits of each number with its place and add them up, in integers: whatever the
+  order, the sum is the same.
   """
   leaves, _ = jax.tree_util.tree_flatten_with_path(arrays)
   sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
@@ -32,10 +32,16 @@ def _sums(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def _sum(x: jax.Array, seed: int) -> jax.Array:
-  bits = jax.lax.bitcast_convert_type(x, _UINTS[x.dtype.itemsize]).astype(jnp.uint32)
   place = jnp.uint32(seed)
   for axis in range(x.ndim):
     index = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-    place = (place + index * jnp.uint32(_ODD[axis % len(_ODD)])) * jnp.uint32(seed * 2 + 1)
-  place = place ^ (place >> 15)
-  return (bits * (place * 2 + 1)).sum(dtype=jnp.uint32)
+    place = _mixed(place + index * jnp.uint32(_ODD[axis % len(_ODD)]))
+  bits = jax.lax.bitcast_convert_type(x, _UINTS[x.dtype.itemsize]).astype(jnp.uint32)
+  return _mixed(bits ^ place).sum(dtype=jnp.uint32)
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+  """Lets every bit depend on every bit."""
+  for odd in _ODD[:2]:
+    x = (x ^ (x >> 15)) * jnp.uint32(odd)
+  return x ^ (x >> 13)

@@ -13,6 +13,7 @@ from msjax.config import Config, ModelConfig
 from msjax.decoding.engine import Engine, fill
 from msjax.decoding.policy import Policy
 from msjax.decoding.prepared import prepare
+from msjax.decoding.stop import Stop
 from msjax.decoding.tick import FREE
 from msjax.errors import RunError
 from msjax.kernels import api, tpu_decode, xla
@@ -73,14 +74,18 @@ def decode_in_small_blocks(sizes, changes, *temperatures):
     return decode(sizes, changes, *temperatures)
 
 
-def decode_by_kernel(sizes, changes, *temperatures):
+def by_kernel(f, *args):
   """As on TPU: a scan over layers with the decode kernel, interpreted."""
   kernel = functools.partial(tpu_decode.attention, interpret=True)
   with (
     mock.patch.object(api, "of_rows", lambda *_: "tpu"),
     mock.patch.object(tpu_decode, "attention", kernel),
   ):
-    return decode(sizes, changes, *temperatures)
+    return f(*args)
+
+
+def decode_by_kernel(*args):
+  return by_kernel(decode, *args)
 
 
 def assert_decoded_alike(ours, theirs):
@@ -126,6 +131,40 @@ def test_the_decode_kernel_does_so_too():
   ours = on_eight_devices(decode_by_kernel, {"data": 2, "model": 4}, wide, 1.0)
   assert ours[0][1].k.shape == (2, SESSIONS, 128, 8 * 64)
   assert_decoded_alike(ours, theirs)
+
+
+def live(sizes, of):
+  """A session that reads a block, is looked at, forked and put back, among others."""
+  config = CONFIG.changed({"model.head_dim": 64} if of is decode_by_kernel else {})
+  learner = Learner(config, config.stream_set(5), VOCAB)
+  with jax.set_mesh(mesh(**sizes)) if sizes else contextlib.nullcontext():
+    model = prepare(learner.model(learner.begun_with(random_params(learner)).params))
+    engine = Engine(model, SESSIONS, rows=40, rows_at_once=4)
+    others = [engine.join(policies=Policy(1.0)) for _ in range(SESSIONS - 3)]
+    prompt = np.random.default_rng(1).integers(0, VOCAB, (7, 3))
+    session = engine.join(prompt, Policy(1.0), looks=3, stop=Stop(rows=14))
+    for _ in range(5):
+      engine.step()
+    fork = engine.fork(session)
+    session.read("user", [1, 2, 3])
+    while session.reason is None or fork.reason is None:
+      engine.step()
+  assert not any(other.reason for other in others)
+  return np.stack(session.rows), np.stack(fork.rows), list(session.looks.values())
+
+
+@pytest.mark.parametrize("of", [decode, decode_by_kernel])
+def test_sessions_live_on_a_mesh_as_on_one_device(of):
+  theirs = on_eight_devices(live_by, of, {}, of)
+  ours = on_eight_devices(live_by, of, {"data": 2, "model": 4}, of)
+  np.testing.assert_array_equal(ours[0], theirs[0])
+  np.testing.assert_array_equal(ours[1], theirs[1])
+  assert (ours[0] != ours[1]).any() and len(ours[2]) > 3
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-4), ours[2], theirs[2])
+
+
+def live_by(of, *args):
+  return by_kernel(live, *args) if of is decode_by_kernel else live(*args)
 
 
 def refusal(sizes, token):

@@ -306,7 +306,7 @@ class Engine:
     """Feeds one row."""
     if not running:
       return []
-    self._make_room(1)
+    self._make_room(np.ones(self.places, int))
     given = np.full((self.places, len(self.streams)), self.streams.silence_id, np.int32)
     active, reading = np.zeros((2, self.places), bool)
     for session in running:
@@ -330,7 +330,6 @@ class Engine:
     """Feeds up to so many rows."""
     if not running:
       return []
-    self._make_room(rows)
     shape = self.places, rows, len(self.streams)
     given, reading = np.full(shape, self.streams.silence_id, np.int32), np.zeros(shape[:2], bool)
     allowed = np.zeros(self.places, np.int32)
@@ -343,6 +342,7 @@ class Engine:
       allowed[place] = min(rows, max(most, 1))
       for n in range(allowed[place]):
         given[place, n], reading[place, n] = session.next_row(), session.speaks_next
+    self._make_room(allowed)
     endings = [session and session.ending for session in self._places]
     limits = Limits.of(endings, allowed, self.streams)
     knobs = self._all_knobs()
@@ -359,10 +359,11 @@ class Engine:
           found.append((session, fed[place, n]))
     return found
 
-  def _make_room(self, rows: int) -> None:
+  def _make_room(self, rows: np.ndarray) -> None:
+    """Sees to it that there is room for so many rows [B] more."""
     # A tick writes into places that do not run, too, where their next row is going to be.
-    longest = max(session.context for session in self._places if session)
-    self._grow((longest + rows) * len(self.streams))
+    needed = (s.context + max(rows[s.place], 1) for s in self._places if s)
+    self._grow(int(max(needed)) * len(self.streams))
 
   def _all_knobs(self) -> Knobs:
     if self._knobs is None:
@@ -385,16 +386,13 @@ class Engine:
     return dataclasses.replace(knobs, allowed=allowed)
 
   def _look_at(self, session: Session) -> None:
-    """Ends a session that cannot go on, or lets it slide."""
+    """Ends a session that cannot go on."""
     if session.status == ENDED:
       return
     if (self._told[session.place] == tick_lib.NOT_FINITE).any():
       session.end(NOT_FINITE)
-    elif session.context >= self.bounds.max_rows:
-      if session.setting.slide:
-        session.is_sliding = True
-      else:
-        session.end(CONTEXT_FULL)
+    elif session.context >= self.bounds.max_rows and not session.setting.slide:
+      session.end(CONTEXT_FULL)
 
   # What is handed in.
 

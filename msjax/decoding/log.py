@@ -183,6 +183,11 @@ class _Replayed(Session):
     return READING if super().status == "running" and self.block_rows else super().status
 
   @property
+  def is_sliding(self) -> bool:
+    """It slides when it did."""
+    return bool(self._coming) and "slide" in self._coming[0]
+
+  @property
   def block_rows(self) -> int:
     """Rows of the blocks that come next."""
     count = 0
@@ -214,6 +219,12 @@ class _Replayed(Session):
   def had_block(self, rows: np.ndarray) -> None:
     """Goes on in the log."""
     super().had_block(rows)
+    self._end_with_log()
+
+  def renumber(self, number: int) -> None:
+    """Finds the same in the log."""
+    super().renumber(number)
+    self._coming.popleft()
     self._end_with_log()
 
   def slid(self) -> None:

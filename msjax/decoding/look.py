@@ -35,7 +35,7 @@ def look(logits: jax.Array, attention: jax.Array, count: int) -> Look:
   odds = jnp.exp(logits - top)
   whole = sharding.total(odds.sum(-1), "vocab")
   mean = sharding.total(jnp.where(odds > 0, odds * (logits - top), 0.0).sum(-1), "vocab") / whole
-  scores, ids = jax.lax.optimization_barrier(jax.lax.top_k(logits, min(count, logits.shape[-1])))
+  scores, ids = jax.lax.top_k(logits, min(count, logits.shape[-1]))
   ids += sharding.index("vocab") * logits.shape[-1]
   scores, ids = sharding.gather(scores, "vocab", 2), sharding.gather(ids, "vocab", 2)
   scores, best = jax.lax.top_k(scores, min(count, scores.shape[-1]))

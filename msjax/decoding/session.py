@@ -112,7 +112,6 @@ class Session:
     self.looks: dict[int, Look] = {}
     self.events: list[dict[str, Any]] = []
     self.context = 0
-    self.is_sliding = False
     self._block: collections.deque[np.ndarray] = collections.deque()  # rows to be read at once
     self._script: collections.deque[np.ndarray] = collections.deque()  # rows with FREE cells
     self._queues = [collections.deque() for _ in streams.names]
@@ -166,7 +165,9 @@ class Session:
   def read_rows(self, rows: np.ndarray) -> None:
     """Lets it read rows int32 [R, S] at once, token ids and holes."""
     rows, most = self._checked_rows("block", rows, HOLE), self._bounds.max_rows
-    left = most - self.context - len(self._block)
+    slide = self.setting.slide
+    kept = min(self.context, slide.first + slide.last) if slide else self.context
+    left = most - kept - len(self._block)
     if len(rows) > left:
       raise InputError(
         f"{self._who}: block of {len(rows)} rows; expected at most {left}, for which there is room "
@@ -244,6 +245,12 @@ class Session:
     return max(len(self._block) - 1, 0)
 
   @property
+  def is_sliding(self) -> bool:
+    """Whether it has to forget rows before there is room for its next, or for its block."""
+    needed = self.context + max(len(self._block), 1)
+    return self.setting.slide is not None and needed > self._bounds.max_rows
+
+  @property
   def is_ending_block(self) -> bool:
     """Whether the next row is the last of a block."""
     return len(self._block) == 1
@@ -292,7 +299,6 @@ class Session:
   def slid(self) -> None:
     """Notes that it has forgotten rows."""
     self._take_in({"slide": dataclasses.asdict(self.setting.slide)})
-    self.is_sliding = False
 
   def _take_in(self, event: dict[str, Any]) -> None:
     self.events.append(event)
