@@ -108,6 +108,36 @@ def test_json_lines_hold_the_same_and_flags_reach_the_model(run):
   ]
 
 
+def test_a_log_is_replayed_and_a_file_of_prompts_answered(run, tmp_path):
+  said = ["--user=hello", "--rows=12", "--temperature=1.5", "--policy=plan:ablated=true"]
+  first = command(run, *said, f"--log={tmp_path}/log", "--jsonl")
+  assert (first.returncode, first.stderr) == (0, "")
+  words = [sys.executable, "-m", "msjax.decode", f"--replay={tmp_path}/log", "--jsonl"]
+  again = subprocess.run(words, capture_output=True, text=True, timeout=180)
+  assert (again.stdout, again.stderr) == (first.stdout, "")
+  rows = [json.loads(line)["tokens"] for line in first.stdout.splitlines()]
+  assert {row["plan"] for row in rows} == {SILENCE} != {row["output"] for row in rows}
+
+  (tmp_path / "prompts").write_text('{"inputs": {"user": "hello"}, "rows": 12}\n')
+  done = command(
+    run, f"--prompts={tmp_path}/prompts", "--sessions=1", *said[2:], f"--out={tmp_path}/out"
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+  answer = json.loads((tmp_path / "out").read_text())
+  assert answer["tokens"] == [list(row.values()) for row in rows]
+
+
+def test_lines_are_talked_about(run):
+  words = [sys.executable, "-m", "msjax.decode", f"--workdir={run}", "--interactive", "--jsonl"]
+  mute = ["--policy=output:ablated=true", "--policy=plan:ablated=true"]
+  done = subprocess.run(
+    [*words, *mute], input="hi\ndoor: yo\n", capture_output=True, text=True, timeout=180
+  )
+  assert (done.returncode, done.stderr) == (0, "")
+  texts = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+  assert ["".join(text[name] for text in texts) for name in ("user", "door")] == ["hi", "yo"]
+
+
 MANY = """
 import json, os, sys
 from absl import logging
@@ -144,6 +174,11 @@ WRONG = {
   ("--user=hi", "--temperature=-1"): "temperature.*-1",
   ("--user=hi", "--step=7"): "no checkpoint of step 7; there are 10, 20, latest and best",
   ("--user=hi", "--usr=ho"): "--usr: no such flag; did you mean 'user'",
+  ("--user=hi", "--policy=top_k=x"): "policy 'top_k=x': expected a whole number",
+  ("--user=hi", "--policy=plan:top_p=2"): "session 0, stream 'plan': top_p: 2.0; expected more",
+  ("--prompts=x", "--interactive"): "--prompts and --interactive: expected one of them",
+  ("--prompts=nowhere",): "nowhere: cannot be read: No such file or directory",
+  ("--replay=nowhere",): "nowhere: cannot be read: No such file or directory",
   ("--workdir=",): "--workdir: not given; expected the work directory of a trained run",
   ("--workdir=nowhere",): r"nowhere/config.json: not found; is nowhere the work directory of a run",
 }

@@ -1,9 +1,11 @@
 """What policies refuse, and how they are lined up for the devices."""
 
+import json
+
 import numpy as np
 import pytest
 
-from msjax.decoding.policy import Knobs, Policy, Silence
+from msjax.decoding.policy import Knobs, Policy, Silence, by_stream
 from msjax.errors import InputError
 
 
@@ -45,3 +47,40 @@ def test_every_field_finds_its_place():
     np.testing.assert_array_equal(getattr(knobs, name), [[one, other], [other, one]])
   assert knobs.bias_ids[0].tolist() == [[-1] * 4, [1, 2, 3, -1]]
   assert knobs.bias[0].tolist() == [[0] * 4, [2, -1, 1, 0]]
+
+
+# Words of a command.
+
+NAMES = ("user", "think", "output")
+
+
+def test_words_change_policies_by_stream():
+  words = ["temperature=0.5,top_k=9", "think:silence.longest=8,ablated=TRUE", "think:top_k=3"]
+  found = by_stream(words, NAMES, Policy(top_p=0.9))
+  assert tuple(found) == NAMES
+  assert found["output"] == found["user"] == Policy(0.5, 9, 0.9)
+  assert found["think"] == Policy(0.5, 3, 0.9, silence=Silence(longest=8), ablated=True)
+  assert by_stream([], NAMES)["user"] == Policy()
+
+
+@pytest.mark.parametrize(
+  ("word", "message"),
+  [
+    ("temprature=1", "policy 'temprature=1': expected NAME=VALUE, .*; did you mean 'temperature'"),
+    ("top_k", "policy 'top_k': expected NAME=VALUE, NAME one of temperature, top_k,"),
+    ("top_k=1.5", "policy 'top_k=1.5': expected a whole number"),
+    ("top_p=x", "policy 'top_p=x': expected a number"),
+    ("ablated=1", "policy 'ablated=1': expected true or false"),
+    ("silence.ramps=1", "did you mean 'silence.ramp'"),
+    ("logit_bias=1", "policy 'logit_bias=1': expected NAME=VALUE"),
+    ("thnk:top_k=1", "policy 'thnk:top_k=1': stream 'thnk' is unknown: .*; did you mean 'think'"),
+  ],
+)
+def test_words_that_say_nothing_are_refused(word, message):
+  with pytest.raises(InputError, match=message):
+    by_stream([word], NAMES)
+
+
+def test_policies_go_through_json():
+  policy = Policy(0.5, logit_bias={3: -1.5}, silence=Silence(2.0, 5, lead=True), ablated=True)
+  assert Policy.from_json(json.loads(json.dumps(policy.to_json()))) == policy

@@ -2,23 +2,14 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
+from talk_cases import talker
 
-from msjax.config import Config, ModelConfig
 from msjax.decoding.policy import Policy
 from msjax.errors import InputError
-from msjax.model import Model
 from msjax.talk.prompts import answer
-from msjax.text.tokenizer import ByteTokenizer
-from msjax.training.state import Learner
 
-BYTES = ByteTokenizer()
-CONFIG = Config(
-  streams=("user:input", "output:output"),
-  model=ModelConfig(dim=8, layers=1, heads=2, kv_heads=1, head_dim=4, mlp_dim=8, dtype="float32"),
-)
 PROMPTS = [
   {"inputs": {"user": "hello"}, "rows": 9},
   {"id": "second", "inputs": {"user": "a"}, "at": [[3, "user", "bc"]], "rows": 12},
@@ -30,11 +21,7 @@ HOT = {"output": Policy(1.0)}
 
 @pytest.fixture(scope="module")
 def model():
-  streams = CONFIG.stream_set(BYTES.silence_id)
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(Learner(CONFIG, streams, BYTES.vocab_size).init, jax.random.key(0)).params
-  params = jax.tree.map(lambda p: jax.numpy.asarray(rng.normal(size=p.shape), p.dtype), shapes)
-  return Model(CONFIG, streams, BYTES, params)
+  return talker()
 
 
 def written(path, lines=PROMPTS):
