@@ -133,6 +133,10 @@ class Engine:
     going_on = (session for session in (*here, *self._waiting) if session.status != ENDED)
     return sorted(going_on, key=lambda session: session.number)
 
+  def proposed(self, session: Session) -> np.ndarray:
+    """What the model would write in the next row of a session that has a place, int32 [S]."""
+    return self._told[self._places.index(session)].copy()
+
   def _let_go(self) -> None:
     """Frees the places of sessions that have ended."""
     for place, session in enumerate(self._places):

@@ -132,7 +132,7 @@ def _fed(model, state, knobs, rows, count, reading):
   last = jnp.maximum(count - 1, 0)[:, None]
   of_last = lambda x: jnp.take_along_axis(x, last.reshape(-1, *[1] * (x.ndim - 1)), 1)[:, 0]
   tokens, hidden = of_last(rows), of_last(hidden)
-  past = _with_rows(state.past, rows, count, model.trunk.streams)
+  past = _with_rows(state.past, rows, count, model.trunk.streams, knobs.since.max(-1))
   logits = model.logits(hidden, tokens)
   keys = jax.vmap(jax.random.fold_in)(state.keys, past.rows)
   silence = model.trunk.streams.silence_id
@@ -145,12 +145,12 @@ def _fed(model, state, knobs, rows, count, reading):
   return State(cache, past, proposal, state.keys)
 
 
-def _with_rows(past, rows, count, streams):
-  """The past after the rows that count."""
+def _with_rows(past, rows, count, streams, since):
+  """The past after the rows that count; see `Past.with_row`."""
 
   def step(past, row_and_index):
     row, index = row_and_index
-    after = past.with_row(row, streams)
+    after = past.with_row(row, streams, since)
     counts = index < count
     keep = lambda new, old: jnp.where(counts.reshape(-1, *[1] * (new.ndim - 1)), new, old)
     return jax.tree.map(keep, after, past), None
