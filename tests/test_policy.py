@@ -50,4 +50,4 @@ def test_every_field_finds_its_place():
     np.testing.assert_array_equal(getattr(knobs, name), [[one, other], [other, one]])
   assert knobs.bias_ids[0].tolist() == [[-1] * 4, [1, 2, 3, -1]]
   assert knobs.bias[0].tolist() == [[0] * 4, [2, -1, 1, 0]]
-  assert knobs.shares[0].tolist() == [[-1] * 4, [0.5, 0.25, 1, 1]]
+  assert knobs.shares[0].tolist() == [[-1] * 16, [0.5, 0.25] + [1] * 14]

@@ -117,6 +117,8 @@ class Policy:
     return self.repetition_penalty != 1 or self.presence_penalty != 0
 
 
+_LEAST_SHARES = 16  # so that short texts share a program
+
 # The official release's: its Section 7 model, text known beforehand and live.
 OFFICIAL_SCRIPTED = Silence(penalty=10.0, ramp=5, lead=True)
 OFFICIAL_LIVE = Silence(penalty=10.0, ramp=5)
@@ -195,8 +197,9 @@ def _biases(policies: Sequence[Sequence[Policy]]) -> tuple[np.ndarray, np.ndarra
 
 
 def _shares(policies: Sequence[Sequence[Policy]]) -> np.ndarray:
-  """Shares of the silence penalty by row, float32 [B, S, n], the last repeated; n as of biases."""
+  """Shares of silence penalties by row, float32 [B, S, n], the last repeated; n a power of two or 0."""
   n = _room(len(p.silence.shares) for of_session in policies for p in of_session)
+  n = max(n, _LEAST_SHARES) if n else 0
   shares = np.full((len(policies), len(policies[0]), n), -1, np.float32)
   for b, of_session in enumerate(policies):
     for s, policy in enumerate(of_session):
