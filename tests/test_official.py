@@ -18,6 +18,7 @@ from msjax.config import Config, ModelConfig
 from msjax.decoding import official
 from msjax.decoding.engine import Engine, fill
 from msjax.decoding.official import Options
+from msjax.decoding.policy import Policy, Silence
 from msjax.decoding.prepared import Unrolled
 from msjax.decoding.tick import FREE
 from msjax.errors import InputError
@@ -73,7 +74,7 @@ def prepared():
 @functools.cache
 def engine(skip_silence=False):
   model = official.skipping_silence(prepared(), skip_silence)
-  return Engine(model, rows=32, rows_at_once=16)  # so few sizes that little is compiled
+  return Engine(model, 2, rows=32, rows_at_once=16)  # so few sizes that little is compiled
 
 
 # The oracle.
@@ -195,6 +196,7 @@ def told(text, options, skip_silence=False):
 
 
 def tokens(rows):
+  rows = list(rows)
   assert [row.index for row in rows] == list(range(len(rows)))
   return np.array([row.tokens for row in rows])
 
@@ -242,9 +244,9 @@ def cases(words, options):
 
 def clear_case(oracle, words, options, skip_silence):
   """The first of `cases` where rounding does not decide, and its rows."""
-  for words, case in cases(words, options):
+  for said, case in cases(words, options):
     with contextlib.suppress(RoundingDecidesError):
-      return words, case, oracle(words, case, skip_silence)
+      return said, case, oracle(said, case, skip_silence)
   raise AssertionError("rounding decides everywhere")
 
 
@@ -318,7 +320,7 @@ def test_a_conversation_goes_as_with_the_release(name):
 
 
 def test_what_is_drawn_is_what_the_release_may_draw():
-  options = with_options(temperature=0.7, top_p=0.8, top_k=9, silence_penalty=1.0, max_rows=24)
+  options = with_options(temperature=0.7, top_p=0.8, top_k=9, silence_penalty=1.0, max_rows=12)
   rows = tokens(told(TEXT, options))
   likeliest = 0
   for index in range(1, len(rows)):
@@ -332,7 +334,7 @@ def test_what_is_drawn_is_what_the_release_may_draw():
       assert odds[token] > 0
       assert odds[odds > odds[token]].sum() <= 0.8 + 1e-5
       likeliest += scores.argmax() == token
-  assert 0.2 < likeliest / (9 * 24) < 0.8
+  assert 0.2 < likeliest / (9 * 12) < 0.8
   np.testing.assert_array_equal(tokens(told(TEXT, options)), rows)
   other = list(official.generate(engine(), TEXT, options, seed=1))
   assert np.any(tokens(other)[:4] != rows[:4])
@@ -361,26 +363,32 @@ def test_a_model_has_streams_of_its_own():
   grid = np.full((1, 10, 4), FREE, np.int32)
   grid[0, :, 1:3], grid[0, 0] = 3, [3, 3, 3, 5]
   grid[0, 2:5, 2] = [7, 8, 9]
-  np.testing.assert_array_equal(rows, fill(here, grid)[0])
+  alike = Policy(silence=Silence(shares=(1.0,)))  # does nothing, but has the program of the other
+  np.testing.assert_array_equal(rows, fill(here, grid, alike)[0])
 
 
-def test_answers_are_made_side_by_side_and_conversations_wait():
-  here = Engine(prepared(), places=3, rows=32, rows_at_once=16)
-  expected = (
-    tokens(told(TEXT, GREEDY)),
-    tokens(told(TEXT[:2], GREEDY)),
-    tokens(conversed(SENT, GREEDY)),
-  )
+def test_a_conversation_waits_while_others_answer():
+  here = engine()
+  expected = tokens(told(TEXT, GREEDY)), tokens(conversed(SENT, GREEDY))
   rows = official.converse(here, GREEDY)
-  found = [next(rows)]
-  answers = [official.generate(here, TEXT, GREEDY), official.generate(here, TEXT[:2], GREEDY)]
-  pairs = list(zip(*answers))
-  for _ in range(GREEDY.max_rows):
-    found.append(rows.send(SENT.get(found[-1].index)))
-  for answer, expectation in zip((*zip(*pairs), found), expected):
-    np.testing.assert_array_equal(tokens(answer)[:-1], expectation[: len(answer) - 1])
+  found = [next(rows), *(rows.send(SENT.get(index)) for index in range(3))]
+  answer = official.generate(here, TEXT, GREEDY)
+  some = [next(answer) for _ in range(5)]
+  found += [rows.send(SENT.get(index)) for index in range(3, GREEDY.max_rows)]
+  np.testing.assert_array_equal(tokens([*some, *answer]), expected[0])
+  found_tokens = tokens(found)
+  found_tokens[-1, 0] = SENT.get(GREEDY.max_rows, SILENCE)  # the last was told, but not answered
+  np.testing.assert_array_equal(found_tokens, expected[1])
   rows.close()
   assert not here.sessions
+
+
+def test_two_answers_are_made_side_by_side():
+  texts = TEXT, TEXT[:2]
+  expected = [tokens(told(text, GREEDY)) for text in texts]
+  rows = zip(*(official.generate(engine(), text, GREEDY) for text in texts))
+  for found, expectation in zip(zip(*rows), expected):
+    np.testing.assert_array_equal(tokens(found), expectation)
 
 
 def test_who_asks_no_more_frees_the_place():
@@ -468,13 +476,13 @@ def test_wrong_options_are_refused(options, message):
 
 @pytest.mark.parametrize("text", ["wait", [VOCAB], [-1], [[1]], [0.5]])
 def test_text_that_is_no_tokens_is_refused(text):
-  with pytest.raises(InputError, match="^text: .*; expected token ids from 0 to 511"):
+  with pytest.raises(InputError, match=r"^text: .*; expected token ids from 0 to 511"):
     official.generate(engine(), text, GREEDY)
 
 
 def test_words_are_refused_that_no_row_takes():
-  with pytest.raises(InputError, match="^row 1 is given; expected None to be sent in the first 3"):
+  with pytest.raises(InputError, match="^row 1 is given"):
     conversed({1: 9}, with_options(prefill=TABLE[:3]))
-  with pytest.raises(InputError, match="^text: .*; expected token ids"):
+  with pytest.raises(InputError, match=r"^text: .*; expected token ids"):
     conversed({2: VOCAB}, GREEDY)
   assert not engine().sessions

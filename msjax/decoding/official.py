@@ -38,6 +38,7 @@ SEED_WORDS = {
   "synthesis": " integrating",
 }
 _RAMP = 5  # rows until a silence penalty is whole
+_NUMBER = 0  # of every session, so that draws depend on the seed alone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +119,7 @@ def generate(
     engine: of a model that sees as it was trained; see `skipping_silence`.
     text: token ids, as of `cells`.
     options: see there.
-    seed: of what is drawn.
+    seed: on which alone depends what is drawn.
 
   Returns:
     All rows: those that are given, then at most `max_rows` more, if the context has room for them.
@@ -139,6 +140,7 @@ def generate(
     script=script[plan.read :],
     policies=_policies(engine.streams, options, _scripted(options, start, end, plan.read)),
     seed=seed,
+    number=_NUMBER,
     stop=Stop(rows=total),
   )
   return _told(engine, session, options.early_exit, end, plan.read)
@@ -164,7 +166,7 @@ def converse(
   Args:
     engine: as for `generate`; while nobody asks for rows the session is paused.
     options: see there.
-    seed: of what is drawn.
+    seed: on which alone depends what is drawn.
 
   Raises:
     InputError: no such stream or token, an option out of range; of tokens when they are sent.
@@ -336,7 +338,7 @@ def _conversation(engine, plan, policies, total, seed):
       if index < len(plan.rows) - 1 or index == total - 1:
         continue
       if session is None:
-        session = engine.join(plan.rows[:-1], policies, seed, script=fed[None])
+        session = engine.join(plan.rows[:-1], policies, seed, _NUMBER, script=fed[None])
       else:
         session.script.append(fed)
         session.resume()

@@ -197,7 +197,7 @@ def _biases(policies: Sequence[Sequence[Policy]]) -> tuple[np.ndarray, np.ndarra
 
 
 def _shares(policies: Sequence[Sequence[Policy]]) -> np.ndarray:
-  """Shares of silence penalties by row, float32 [B, S, n], the last repeated; n a power of two or 0."""
+  """Shares of silence penalties, float32 [B, S, n], the last repeated; n a power of two or 0."""
   n = _room(len(p.silence.shares) for of_session in policies for p in of_session)
   n = max(n, _LEAST_SHARES) if n else 0
   shares = np.full((len(policies), len(policies[0]), n), -1, np.float32)
