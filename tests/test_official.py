@@ -3,16 +3,20 @@
 import contextlib
 import dataclasses
 import functools
-import json
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from safetensors.numpy import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from golden_cases import (
+  FIGURES,
+  SILENCE,
+  VOCAB,
+  RoundingDecidesError,
+  dense_logits,
+  likeliest,
+  module,
+)
 
 from msjax.config import Config, ModelConfig
 from msjax.decoding import official
@@ -22,77 +26,32 @@ from msjax.decoding.policy import Policy, Silence
 from msjax.decoding.prepared import Unrolled
 from msjax.decoding.tick import FREE
 from msjax.errors import InputError
-from msjax.hub.names import STREAM_EMBEDDING, read_params
 from msjax.streams import Stream, Streams
 from msjax.text.hf_tokenizer import train_bpe
-from msjax.training.checkpoint import placed
 from msjax.training.state import Learner
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
-FIGURES = dict(np.load(GOLDEN / "tiny_stream_qwen3.npz"))
-VOCAB, SILENCE = 512, int(FIGURES["silence_token"])
 TEN = Streams(tuple(map(Stream.parse, official.STREAMS)), SILENCE)
 SEEDS = dict(zip(TEN.names[2:], FIGURES["seed_row"][2:].tolist()))
 TEXT = FIGURES["user_tokens"].tolist()
 TABLE = FIGURES["input_ids"][0].reshape(-1, 10)
 GREEDY = Options(seeds=SEEDS, temperature=0.0, max_rows=16, silence_penalty=0.0, early_exit=0)
-LEAST_MARGIN = 1e-3
 
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_in_a_hurry():
   """Compiling takes most of the time."""
   jax.config.update("jax_disable_most_optimizations", True)
-  torch.set_num_threads(1)
   yield
   jax.config.update("jax_disable_most_optimizations", False)
 
 
 @functools.cache
-def weights():
-  return load_file(GOLDEN / "model.safetensors")
-
-
-@functools.cache
-def prepared():
-  cfg = ModelConfig(
-    dim=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    mlp_dim=192,
-    rope_theta=1e6,
-    tied_head=False,
-    dtype="float32",
-  )
-  learner = Learner(Config(model=cfg), TEN, VOCAB)
-  like = placed(jax.eval_shape(learner.init, jax.random.key(0)).params)
-  return Unrolled.of(learner.model(read_params(weights(), like)))
-
-
-@functools.cache
 def engine(skip_silence=False):
-  model = official.skipping_silence(prepared(), skip_silence)
+  model = official.skipping_silence(Unrolled.of(module(TEN)), skip_silence)
   return Engine(model, 2, rows=32, rows_at_once=16)  # so few sizes that little is compiled
 
 
 # The oracle.
-
-
-class RoundingDecidesError(Exception):
-  """Another example has to be taken."""
-
-
-@functools.cache
-def hf():
-  """The checkpoint in transformers' own class."""
-  config = Qwen3Config(**json.loads((GOLDEN / "config.json").read_text()))
-  model = Qwen3ForCausalLM(config).eval()
-  known = {name: torch.tensor(w) for name, w in weights().items() if name in model.state_dict()}
-  assert known.keys() == model.state_dict().keys()
-  model.load_state_dict(known)
-  return model
 
 
 def next_logits(rows, skip_silence):
@@ -103,17 +62,8 @@ def next_logits(rows, skip_silence):
   seen = row < row[:, None]
   if skip_silence:
     seen &= ids != SILENCE
-  bias = np.where(seen | np.eye(R * S, dtype=bool), 0, np.finfo(np.float32).min)
-  with torch.no_grad():
-    embeds = hf().get_input_embeddings()(torch.tensor(ids)) + torch.tensor(
-      weights()[STREAM_EMBEDDING][stream]
-    )
-    logits = hf()(
-      inputs_embeds=embeds[None],
-      attention_mask=torch.tensor(bias.astype(np.float32))[None, None],
-      position_ids=torch.tensor(row)[None],
-    ).logits
-  return logits[0, -S:].numpy().copy()
+  seen |= np.eye(R * S, dtype=bool)
+  return dense_logits(ids, stream, row, seen)[-S:]
 
 
 def ramp(quiet_rows):
@@ -134,13 +84,9 @@ def write(rows, options, share, skip_silence):
   logits = next_logits(rows, skip_silence)
   logits[1, SILENCE] -= options.silence_penalty * share
   logits[2:, SILENCE] -= options.think_silence_penalty * share
-  best = np.sort(logits, -1)
-  ablated = [TEN.id(name) for name in options.ablated]
-  margin = np.delete(best[:, -1] - best[:, -2], [0, *ablated]).min(initial=np.inf)
-  if margin < LEAST_MARGIN:
-    raise RoundingDecidesError
-  row = logits.argmax(-1)
-  row[[0, *ablated]] = SILENCE
+  free = [s for s in range(1, len(TEN)) if TEN.names[s] not in options.ablated]
+  row = np.full(len(TEN), SILENCE)
+  row[free] = likeliest(logits[free])
   return row
 
 
@@ -481,7 +427,7 @@ def test_text_that_is_no_tokens_is_refused(text):
 
 
 def test_words_are_refused_that_no_row_takes():
-  with pytest.raises(InputError, match="^row 1 is given"):
+  with pytest.raises(InputError, match=r"^row 1 is given"):
     conversed({1: 9}, with_options(prefill=TABLE[:3]))
   with pytest.raises(InputError, match=r"^text: .*; expected token ids"):
     conversed({2: VOCAB}, GREEDY)
