@@ -11,8 +11,11 @@ from golden_cases import SILENCE, VOCAB, RoundingDecidesError, dense_logits, lik
 
 from msjax.decoding import aligned
 from msjax.decoding.aligned import Options
+from msjax.decoding.engine import Engine, fill
 from msjax.decoding.prepared import Unrolled
-from msjax.streams import Stream, Streams
+from msjax.decoding.tick import FREE
+from msjax.errors import InputError, RunError
+from msjax.streams import HOLE, Stream, Streams
 
 SPECS = ("system:input", "user:input", "assistant:output", "critic:output")
 STREAMS = Streams(tuple(map(Stream.parse, SPECS)), SILENCE)
@@ -65,7 +68,7 @@ def first_cells(opening):
   ]
 
 
-def answered(opening, question, end_id, options, choose=likeliest):
+def answered(opening, question, end_id, options, choose=lambda logits, _: likeliest(logits)):
   """What the release writes, by stream."""
   cells = first_cells(opening)
   heads = [STREAMS.id(name) for name in opening if name not in ("system", "user")]
@@ -89,23 +92,19 @@ def answered(opening, question, end_id, options, choose=likeliest):
   return {STREAMS.names[s]: tokens for s, tokens in said.items()}
 
 
-def greedy(logits, _):
-  return likeliest(logits)
-
-
 def cases(lengths, question):
   """Openings of these lengths and questions, one after another."""
   for salt in range(40):
-    draw = np.random.default_rng(salt).integers(0, NO_END, 100).tolist()
-    take = lambda count: [draw.pop() for _ in range(count)]
-    yield {name: take(count) for name, count in lengths.items()}, take(question)
+    rng = np.random.default_rng(salt)
+    opening = {n: rng.integers(0, NO_END, count).tolist() for n, count in lengths.items()}
+    yield opening, rng.integers(0, NO_END, question).tolist()
 
 
 def clear_case(lengths, question, end_id, options):
   """The first of `cases` where rounding does not decide, and what is answered."""
   for opening, asked in cases(lengths, question):
     with contextlib.suppress(RoundingDecidesError):
-      return opening, asked, answered(opening, asked, end_id, options, greedy)
+      return opening, asked, answered(opening, asked, end_id, options)
   raise AssertionError("rounding decides everywhere")
 
 
@@ -141,8 +140,173 @@ def test_several_answer_each_to_its_own_end(same_step):
   for name, at in (("assistant", 4), ("critic", 6), ("critic", 0)):
     end_id = open_end[name][at]
     try:
-      expected = answered(opening, asked, end_id, options, greedy)
+      expected = answered(opening, asked, end_id, options)
     except RoundingDecidesError:
       continue
     assert len(expected[name]) <= at + 1
     assert aligned.answer(model(), opening, asked, end_id, options) == expected
+
+
+@pytest.mark.parametrize("max_steps", [0, 1, 5])
+def test_it_ends_after_so_many_steps(max_steps):
+  options = Options(max_steps=max_steps)
+  opening, asked, expected = clear_case({"user": 2, "assistant": 5}, 3, NO_END, options)
+  assert len(expected["assistant"]) == 1 + max_steps
+  calls = list(aligned.generate(model(), opening, asked, NO_END, options))
+  assert calls == [{"assistant": token} for token in expected["assistant"]]
+
+
+def test_a_long_opening_and_a_cache_that_grows(monkeypatch):
+  monkeypatch.setattr(aligned, "_LEAST_ROOM", 32)
+  monkeypatch.setattr(aligned, "_QUERIES", 12)  # does not divide the padded opening
+  lengths = {"system": 9, "user": 2, "assistant": 6}  # 17: padded, it just fits
+  options = Options(max_new_tokens=20)
+  opening, asked, expected = clear_case(lengths, 9, NO_END, options)
+  assert aligned.answer(model(), opening, asked, NO_END, options) == expected
+
+
+def test_without_a_prefix_it_is_what_the_engine_writes():
+  opening, asked, _ = clear_case({"system": 4, "user": 3, "assistant": 3}, 5, NO_END, FEW)
+  grid = np.full((1, 4 + 3 + FEW.max_new_tokens, 4), HOLE, np.int32)
+  grid[0, :4, SYSTEM], grid[0, 4:7, USER], grid[0, 4:7, 2] = opening.values()
+  grid[0, 7:12, USER], grid[0, 7:, 2] = asked, FREE
+  written = fill(Engine(model(), rows=32), grid)[0, 7:, 2].tolist()
+  assert aligned.answer(model(), opening, asked, NO_END, FEW) == {"assistant": written}
+
+
+# What is drawn.
+
+
+def odds_of(logits, said, options):
+  """[V], as the release draws: penalty, temperature, top_k, top_p, min_p."""
+  scores = np.float64(logits)
+  scores[np.unique(said).astype(int)] -= options.presence_penalty
+  scores /= options.temperature
+  softmax = lambda x: np.exp(x - x.max()) / np.exp(x - x.max()).sum()
+  if options.top_k:
+    scores[scores < np.sort(scores)[::-1][min(options.top_k, scores.size) - 1]] = -np.inf
+  if options.top_p < 1:
+    order = np.argsort(-scores, kind="stable")
+    removed = np.cumsum(softmax(scores)[order]) > options.top_p
+    removed[0] = False
+    scores[order[removed]] = -np.inf
+  unlikely = softmax(scores) < options.min_p
+  if unlikely.all():
+    unlikely = np.arange(scores.size) != scores.argmax()
+  scores[unlikely] = -np.inf
+  return softmax(scores)
+
+
+SAMPLED = [
+  {"temperature": 0.6},
+  {"temperature": 1.3, "top_k": 4},
+  {"temperature": 1.0, "top_k": 5, "presence_penalty": 1.5},
+  {"temperature": 1.0, "top_p": 0.63},
+  {"temperature": 0.8, "top_p": 0.0},
+  {"temperature": 0.7, "top_k": 9, "top_p": 0.71, "min_p": 0.083, "presence_penalty": -0.4},
+  {"temperature": 1.0, "min_p": 0.99},
+  {"temperature": 1.0, "top_k": 100, "min_p": 0.021},
+]
+cut = jax.jit(aligned._cut)
+
+
+@pytest.mark.parametrize("fields", SAMPLED)
+def test_tokens_are_as_likely_as_in_the_release(fields):
+  options = Options(**fields)
+  rng = np.random.default_rng(0)
+  logits = np.round(rng.normal(0, 2, (2, 40)), 1).astype(np.float32)  # with ties
+  had = rng.random((2, 40)) < 0.2
+  scores = np.asarray(cut(logits, had, aligned._Draws.of(options, 2)))
+  for head in range(2):
+    expected = odds_of(logits[head], np.flatnonzero(had[head]), options)
+    np.testing.assert_allclose(jax.nn.softmax(scores[head]), expected, atol=1e-5)
+
+
+def test_only_what_is_likely_enough_is_drawn_and_what_was_said_counts():
+  options = Options(max_new_tokens=12, temperature=0.9, top_k=3, presence_penalty=30.0)
+  opening, asked = next(cases({"system": 3, "user": 2, "assistant": 5, "critic": 2}, 4))
+  found = aligned.answer(model(), opening, asked, NO_END, options)
+  order, turn = [*found], dict.fromkeys(found, 0)
+  likeliest_ones = []
+
+  def replay(logits, said):
+    tokens = []
+    for name, of_head, so_far in zip(order, logits, said):
+      token = found[name][turn[name]]
+      turn[name] += 1
+      odds = odds_of(of_head, so_far, options)
+      assert odds[token] > 0
+      likeliest_ones.append(odds.argmax() == token)
+      tokens.append(token)
+    return tokens
+
+  assert answered(opening, asked, NO_END, options, replay) == found
+  assert all(len(set(tokens)) == 12 for tokens in found.values())
+  assert 0.2 < np.mean(likeliest_ones) < 0.9
+  assert aligned.answer(model(), opening, asked, NO_END, options) == found
+  assert aligned.answer(model(), opening, asked, NO_END, options, seed=1) != found
+
+
+def test_greedy_minds_no_penalty():
+  opening, asked, expected = clear_case({"user": 2, "assistant": 5}, 3, NO_END, FEW)
+  options = dataclasses.replace(FEW, presence_penalty=9.0, top_k=2, top_p=0.1, min_p=0.9)
+  assert aligned.answer(model(), opening, asked, NO_END, options) == expected
+
+
+# Text; what is refused.
+
+
+def test_chats_are_in_the_words_of_the_release():
+  opening, question = aligned.chat(lambda text: [text], "Why?", "Be kind.", "Well,")
+  assert opening == {
+    "system": ["<|im_start|>system\nBe kind.<|im_end|>\n"],
+    "user": ["<|im_start|>user\n"],
+    "assistant": ["<|im_start|>assistant\nWell,"],
+  }
+  assert question == ["Why?", "<|im_end|>"]
+  assert aligned.chat(lambda text: [text], "Why?")[0]["system"] == []
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    ({"max_new_tokens": 0}, "^max_new_tokens: 0; expected 1 or more"),
+    ({"max_steps": -1}, "^max_steps: -1; expected 0 or more"),
+    ({"temperature": float("nan")}, "^temperature: nan; expected 0 or more"),
+    ({"top_k": -1}, "^top_k: -1; expected 0"),
+    ({"top_p": 1.5}, "^top_p: 1.5; expected 0 to 1"),
+    ({"min_p": -0.5}, "^min_p: -0.5; expected 0 to 1"),
+    ({"presence_penalty": float("inf")}, "^presence_penalty: inf; expected a number"),
+  ],
+)
+def test_wrong_options_are_refused(fields, message):
+  with pytest.raises(InputError, match=message):
+    Options(**fields)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"opening": {"assistent": [1]}}, "^stream 'assistent' is unknown: .*'assistant'"),
+    ({"opening": {"user": [1]}}, "^opening: no assistant; expected the tokens of a header"),
+    ({"opening": {"assistant": []}}, "^opening: nothing for 'assistant'; expected"),
+    (
+      {"opening": {"assistant": [VOCAB]}},
+      "^assistant: 512 is no token; expected ids from 0 to 511",
+    ),
+    ({"question": "why"}, "^question: 'why' is no token"),
+    ({"end_id": -1}, "^end_id: -1 is no token"),
+    ({"user": "caller"}, "^stream 'caller' is unknown"),
+    ({"model": None}, "^model: NoneType; expected Unrolled.of"),
+  ],
+)
+def test_wrong_questions_are_refused(changes, message):
+  given = {"model": model(), "opening": {"assistant": [1]}, "question": [2], "end_id": 3, **changes}
+  with pytest.raises(InputError, match=message):
+    aligned.generate(**given)
+
+
+def test_broken_parameters_write_nothing():
+  broken = dataclasses.replace(model(), columns=model().columns.at[:, 7].set(np.nan))
+  with pytest.raises(RunError, match=r"^call 0: logits are not finite"):
+    aligned.answer(broken, {"assistant": [1, 2]}, [3], NO_END, FEW)

@@ -8,7 +8,7 @@ they were fed: a cell sees those of a lesser position that were fed in an earlie
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -123,6 +123,27 @@ def answer(*args: Any, **kwargs: Any) -> dict[str, list[int]]:
     for name, id in tokens.items():
       said.setdefault(name, []).append(id)
   return said
+
+
+def chat(
+  encode: Callable[[str], Sequence[int]], question: str, system: str = "", prefix: str = ""
+) -> tuple[dict[str, list[int]], list[int]]:
+  """Returns opening and question in the release's words, for streams system, user and assistant.
+
+  Args:
+    encode: from text to ids, that takes <|im_start|> and <|im_end|> for the tokens they are, as
+      tokenizers of transformers do; msjax's own spell them.
+    question: what the user asks.
+    system: what stands before it.
+    prefix: what the assistant has begun with.
+  """
+  opening = {
+    "system": f"<|im_start|>system\n{system}<|im_end|>\n" if system else "",
+    "user": "<|im_start|>user\n",
+    "assistant": f"<|im_start|>assistant\n{prefix}",
+  }
+  ids = {name: list(encode(text)) if text else [] for name, text in opening.items()}
+  return ids, [*encode(question), *encode("<|im_end|>")]
 
 
 def _checked(model, opening, question, end_id, system, user) -> dict[str, list[int]]:
