@@ -152,8 +152,9 @@ def _checked(model, opening, question, end_id, system, user) -> dict[str, list[i
     raise InputError(f"model: {type(model).__name__}; expected Unrolled.of(msjax.load(DIR).module)")
   streams, V = model.trunk.streams, model.vocab_size
   streams.id(user)
-  for name, ids in {**opening, "question": question, "end_id": [end_id]}.items():
-    if name not in ("question", "end_id"):
+  given = [*opening.items(), ("the question", question), ("end_id", [end_id])]
+  for name, ids in given:
+    if name in opening and len(ids):
       streams.id(name)
     wrong = [ids] if isinstance(ids, str) else [id for id in ids if not 0 <= id < V]
     if wrong:

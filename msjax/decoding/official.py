@@ -17,7 +17,7 @@ from msjax.decoding.prepared import Prepared
 from msjax.decoding.session import ENDED, Session, Stop
 from msjax.decoding.tick import FREE
 from msjax.errors import InputError
-from msjax.streams import HOLE, Streams
+from msjax.streams import Streams
 from msjax.text.tokenizer import Tokenizer
 
 # The release's streams in the order of their ids, for `--streams` and `read_checkpoint`.
@@ -306,14 +306,15 @@ def _told(engine, session, early_exit, end, read):
   try:
     while _has(engine, session, index):
       row = session.rows[index]
-      spoke = ((row != session.streams.silence_id) & (row != HOLE)).any()
+      spoke = (row != session.streams.silence_id).any()
       silent = silent + 1 if index >= end and not spoke else 0
       if early_exit and silent >= early_exit:
         return
-      yield Row(index, row, index < read)
+      yield Row(index, row.copy(), index < read)
       index += 1
   finally:
-    _end(session)
+    if session.status != ENDED:
+      session.end("told")
   session.check()
 
 
@@ -346,7 +347,8 @@ def _conversation(engine, plan, policies, total, seed):
         break
       session.pause()
   finally:
-    _end(session)
+    if session is not None and session.status != ENDED:
+      session.end("told")
   if session is not None:
     session.check()
 
@@ -365,9 +367,3 @@ def _said(engine: Engine, text: Sequence[int]) -> np.ndarray:
   if not is_tokens or (ids.size and not (ids.min() >= 0 and ids.max() < V)):
     raise InputError(f"text: {text!r:.60}; expected token ids from 0 to {V - 1}, as of `cells`")
   return ids.astype(np.int32)
-
-
-def _end(session: Session | None) -> None:
-  """Nobody asks for more rows."""
-  if session is not None and session.status != ENDED:
-    session.end("told")
