@@ -117,8 +117,8 @@ FEW = Options(max_new_tokens=14)
   [
     (5, 3, 3, 6),
     (5, 3, 4, 6),
-    (5, 3, 9, 6),  # its prefix is as long as the question
-    (0, 3, 14, 4),  # or longer
+    (5, 3, 8, 6),  # its prefix is as long as the question
+    (0, 2, 14, 4),  # or longer
     (0, 3, 3, 5),
     (7, 0, 2, 20),  # more than it answers
     (4, 6, 2, 5),  # the user is ahead
@@ -247,6 +247,14 @@ def test_only_what_is_likely_enough_is_drawn_and_what_was_said_counts():
   assert 0.2 < np.mean(likeliest_ones) < 0.9
   assert aligned.answer(model(), opening, asked, NO_END, options) == found
   assert aligned.answer(model(), opening, asked, NO_END, options, seed=1) != found
+
+
+def test_every_call_and_assistant_draws_anew():
+  options = Options(max_new_tokens=12, temperature=1e5)  # all are equally likely
+  opening, asked = next(cases({"assistant": 5, "critic": 2}, 0))
+  found = aligned.answer(model(), opening, asked, NO_END, options)
+  assert all(len(set(tokens)) > 9 for tokens in found.values())
+  assert not any(one == other for one, other in zip(*found.values()))
 
 
 def test_greedy_minds_no_penalty():
