@@ -2,6 +2,8 @@
 
 The text goes into the stream `user`, one token a row, and every row is printed as it is made.
 `--at=ROW:STREAM:TEXT` puts text into any input stream from a row on: a word in edgeways.
+`--interactive` reads lines while the model writes, `--prompts=FILE` answers a file of prompts, and
+`--replay=LOG` makes the rows of a log once more, bit for bit.
 """
 
 import jax
@@ -9,8 +11,12 @@ from absl import flags, logging
 
 import msjax
 from msjax import cli, mesh
-from msjax.data.show import RowPrinter
+from msjax.decoding import policy
+from msjax.decoding.log import Logged
+from msjax.decoding.policy import Policy
 from msjax.errors import InputError
+from msjax.talk import live, prompts
+from msjax.talk.conversation import Prompt
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "work directory of a trained run")
 _STEP = flags.DEFINE_string("step", "latest", "checkpoint: steps taken, latest or best")
@@ -20,53 +26,58 @@ _ROWS = flags.DEFINE_integer(
   "rows", None, "rows to make; by default until all is read and four rows passed in silence"
 )
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", 0.0)
+_POLICY = flags.DEFINE_multi_string(
+  "policy", [], "[STREAM:]NAME=VALUE,... as in think:temperature=0.7,silence.longest=8; repeatable"
+)
 _SEED = flags.DEFINE_integer("seed", 0, "of what is drawn when the temperature is above 0", 0)
 _MODEL_CHIPS = flags.DEFINE_integer(
   "model_chips", 1, "chips that share the model's heads and MLP, for one that fits none alone", 1
 )
 _JSONL = flags.DEFINE_bool("jsonl", False, "print a JSON object a row instead of a table")
+_PROMPTS = flags.DEFINE_string(
+  "prompts", None, 'JSON lines {"inputs": {STREAM: TEXT}, "at": [[ROW, STREAM, TEXT]], "rows": N}'
+)
+_OUT = flags.DEFINE_string("out", None, "JSON lines, an answer each; what is there is not redone")
+_SESSIONS = flags.DEFINE_integer("sessions", 8, "prompts that are answered side by side", 1)
+_INTERACTIVE = flags.DEFINE_bool(
+  "interactive", False, "read lines for the stream user, or STREAM: for another, until they end"
+)
+_LOG = flags.DEFINE_string("log", None, "file that gets the log of the one session")
+_REPLAY = flags.DEFINE_string("replay", None, "log to replay")
 
 
 def main(_) -> None:
-  """Prints the rows, and under a table what each stream said."""
-  if not _WORKDIR.value:
+  """Does what one of the modes says; see the module."""
+  modes = {"prompts": _PROMPTS, "interactive": _INTERACTIVE, "replay": _REPLAY}
+  chosen = [f"--{name}" for name, flag in modes.items() if flag.value]
+  if len(chosen) > 1:
+    raise InputError(f"{' and '.join(chosen)}: expected one of them")
+  logged = Logged.read(_REPLAY.value) if _REPLAY.value else None
+  workdir, step = _WORKDIR.value, _STEP.value
+  if logged and not workdir:
+    workdir, step = (logged.header["about"].get(name) for name in ("workdir", "step"))
+  if not workdir:
     raise InputError("--workdir: not given; expected the work directory of a trained run")
-  at = [_placed(text) for text in _AT.value]
+  at = tuple(_placed(text) for text in _AT.value)
   chips, devices = _MODEL_CHIPS.value, jax.devices()
   if chips > len(devices):
     raise InputError(f"--model_chips: {chips}; there are {len(devices)}")
   with jax.set_mesh(mesh.decode_mesh(chips, devices[:chips])):
-    _decode(at)
-
-
-def _decode(at: list[tuple[int, str, str]]) -> None:
-  """Loads the model onto the mesh in use, and prints."""
-  model = msjax.load(_WORKDIR.value, step=_STEP.value)
-  rows = model.generate(
-    {} if _USER.value is None else {"user": _USER.value},
-    at=at,
-    rows=_ROWS.value,
-    temperature=_TEMPERATURE.value,
-    seed=_SEED.value,
-  )
-  names = model.streams.names
-  printer = RowPrinter(names, mode="jsonl" if _JSONL.value else None)
-  said = {name: [""] for name in names}  # messages
-  for row in rows:
-    ids = [row.tokens[name] for name in names]
-    if _JSONL.value:
-      printer.row(row.index, [row.text[name] for name in names], ids)
+    model = msjax.load(workdir, step=step)
+    if logged:
+      live.replay(model, logged, _JSONL.value)
+      return
+    policies = policy.by_stream(_POLICY.value, model.streams.names, Policy(_TEMPERATURE.value))
+    options = {"policies": policies, "seed": _SEED.value}
+    if _PROMPTS.value:
+      prompts.answer(model, _PROMPTS.value, _OUT.value, places=_SESSIONS.value, **options)
+      return
+    log = live.LogTo(_LOG.value, {"workdir": workdir, "step": step})
+    if _INTERACTIVE.value:
+      live.interact(model, _JSONL.value, log, **options)
     else:
-      printer.row(row.index, [model.tokenizer.cell_text(i) for i in ids], ids)
-    for name in names:
-      said[name][-1] += row.text[name]
-      if row.tokens[name] == model.tokenizer.end_id:
-        said[name].append("")
-  if not _JSONL.value:
-    print()
-    for name in names:
-      for message in filter(None, said[name]):
-        print(f"{name}: {message}")
+      prompt = Prompt({} if _USER.value is None else {"user": _USER.value}, at, _ROWS.value)
+      live.show(model, prompt, _JSONL.value, log, **options)
 
 
 def _placed(text: str) -> tuple[int, str, str]:

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import itertools
-import math
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,32 +19,17 @@ from msjax.config import Config, LossConfig
 from msjax.decoding.engine import Engine
 from msjax.decoding.policy import Policy
 from msjax.decoding.prepared import prepare
-from msjax.decoding.session import Stop
-from msjax.decoding.tick import FREE
 from msjax.errors import InputError, nearest
+from msjax.fingerprint import fingerprint
 from msjax.hub import import_ as hub
 from msjax.streams import HOLE, Streams
+from msjax.talk.conversation import Prompt, Row, answers, begun
 from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import load_params
 from msjax.training.state import Learner, Params, summarize
 from msjax.workdir import WorkDir
 
-_QUIET_ROWS = 4  # with no row count given, generation ends after so many rows of silence
-_LONGEST_ANSWER = 256  # rows after the last given token, with no row count given
-
-
-class Row(NamedTuple):
-  """One generated row.
-
-  Attributes:
-    index: from 0.
-    tokens: id by stream name.
-    text: by stream name, what became readable with this row; silence adds nothing.
-  """
-
-  index: int
-  tokens: dict[str, int]
-  text: dict[str, str]
+_GREEDY = Policy()
 
 
 class Model:
@@ -155,14 +139,28 @@ class Model:
       )
     return jnp.asarray(tokens, jnp.int32)
 
-  def engine(self, places: int = 1, **options: int | bool) -> Engine:
+  def engine(self, places: int = 1, **options: Any) -> Engine:
     """Returns an `Engine` of this model: live sessions, rows of token ids; options are its own.
 
     The first call makes a second copy of the parameters, cut up for decoding, and keeps it.
     """
     if self._prepared is None:
       self._prepared = prepare(self.module)
-    return Engine(self._prepared, places, **options)
+    ours = {"decoder": self.tokenizer.stream_decoder, "identity": lambda: self.identity}
+    return Engine(self._prepared, places, **ours, **options)
+
+  @functools.cached_property
+  def identity(self) -> str:
+    """16 hex digits: of the parameters, the shape of the model, streams and tokenizer."""
+    about = dataclasses.asdict(self.config.model), self.streams.to_json(), self.tokenizer.to_json()
+    return fingerprint(self.params, json.dumps(about, sort_keys=True))
+
+  def said(self, text: str) -> list[int]:
+    """Tokens of a message, ended as messages were in training."""
+    if not isinstance(text, str):
+      raise InputError(f"text {text!r}: expected a str, not {type(text).__name__}")
+    ids = self.tokenizer.encode(text)
+    return [*ids, self.tokenizer.end_id] if self.config.data.end_token else ids
 
   def generate(
     self,
@@ -171,6 +169,7 @@ class Model:
     rows: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    policies: Mapping[str, Policy] | Policy | None = None,
   ) -> Iterator[Row]:
     """Reads text one token a row and yields every row as it is made.
 
@@ -181,108 +180,31 @@ class Model:
       rows: how many to make; None: until the text is read and four rows passed in silence.
       temperature: 0 takes the likeliest token.
       seed: of what is drawn.
+      policies: by stream, or one for all, in place of the temperature.
 
     Raises:
       InputError: an unknown stream, one that is no input, a row that is never reached, a
-        temperature below 0.
+        policy out of range.
     """
-    if rows is not None and rows < 1:
-      raise InputError(f"rows: {rows}; expected 1 or more")
-    if not 0 <= temperature < math.inf:
-      raise InputError(f"temperature: {temperature}; expected 0, the likeliest token, or more")
-    if not isinstance(inputs, Mapping):
-      raise InputError(f"inputs: {inputs!r}; expected text by stream, as in {{'user': 'hello'}}")
-    schedule = Schedule(self.streams)
-    given = itertools.chain(((0, stream, text) for stream, text in inputs.items()), at)
-    given = [(row, stream, self._said(text)) for row, stream, text in map(_placed, given)]
-    for row, stream, ids in sorted(given, key=lambda g: g[0]):  # no text is cut by an earlier one
-      schedule.put(row, stream, ids)
-    if rows is not None and schedule.rows > rows:
-      raise InputError(f"rows: {rows} end before the given text, which takes {schedule.rows} rows")
-    return self._rows(schedule, rows, temperature, seed)
+    policies = Policy(temperature) if policies is None else policies
+    engine, conversation = begun(self, Prompt(inputs, tuple(at), rows), policies, seed)
 
-  def _said(self, text: str) -> list[int]:
-    """Tokens of a message, ended as messages were in training."""
-    if not isinstance(text, str):
-      raise InputError(f"text {text!r}: expected a str, not {type(text).__name__}")
-    ids = self.tokenizer.encode(text)
-    return [*ids, self.tokenizer.end_id] if self.config.data.end_token else ids
+    def written():  # what is wrong is told before the first row is asked for
+      while not conversation.is_over:
+        engine.step()
+        yield from conversation.rows()
 
-  def _rows(self, schedule, rows, temperature, seed) -> Iterator[Row]:
-    names = self.streams.names
-    written = list(self.streams.of_kind("output", "internal"))
-    hushed = (self.streams.silence_id, self.tokenizer.end_id)
-    texts = [self.tokenizer.stream_decoder() for _ in names]
-    limit = schedule.rows + _LONGEST_ANSWER if rows is None else rows
-    engine = self.engine(rows=2 ** math.ceil(math.log2(limit)))  # like lengths share a program
-    script = np.stack([schedule.row(r) for r in range(limit)])
-    session = engine.join(
-      policies=Policy(temperature), seed=seed, stop=Stop(rows=limit), script=script
-    )
-    quiet = 0
-    for index in range(limit):
-      session.check()
-      ((_, row),) = engine.step()
-      ids = [int(i) for i in row]
-      all_read = index >= schedule.rows
-      quiet = quiet + 1 if all_read and all(ids[s] in hushed for s in written) else 0
-      last = index == limit - 1 or (rows is None and quiet == _QUIET_ROWS)
-      text = [t.push(i) + (t.flush() if last else "") for t, i in zip(texts, ids)]
-      yield Row(index, dict(zip(names, ids)), dict(zip(names, text)))
-      if last:
-        return
+    return written()
 
-
-def _placed(given: tuple[int, str, str]) -> tuple[int, str, str]:
-  """Checks one of `at`."""
-  if not (isinstance(given, tuple) and len(given) == 3):
-    raise InputError(f"at: {given!r}; expected tuples (row, stream, text)")
-  row, stream, _ = given
-  if not (isinstance(row, int) and row >= 0):
-    raise InputError(f"row {row!r} for stream {stream!r}: expected a whole number, 0 or more")
-  return given
-
-
-class Schedule:
-  """Which tokens the input streams get in which row.
-
-  A model without input streams, such as a plain language model, is given text in any stream.
-  """
-
-  def __init__(self, streams: Streams):
-    """Starts empty."""
-    self.streams = streams
-    self._cells: list[dict[int, int]] = [{} for _ in streams.names]  # token by row
-
-  def put(self, row: int, stream: str, ids: list[int]) -> None:
-    """Appends tokens to a stream from `row` on, or from where it has been read to."""
-    s, inputs = self.streams.id(stream), self.streams.of_kind("input")
-    if inputs and s not in inputs:
-      names = ", ".join(self.streams.names[i] for i in inputs)
-      raise InputError(
-        f"stream {stream!r}: the model writes it; text can be put into input streams: {names}"
-      )
-    cells = self._cells[s]
-    for id in ids:
-      while row in cells:
-        row += 1
-      cells[row] = id
-
-  @property
-  def rows(self) -> int:
-    """Rows up to the last given token, at least 1."""
-    return max((max(cells) + 1 for cells in self._cells if cells), default=1)
-
-  def row(self, index: int) -> np.ndarray:
-    """Returns int32 [S]: given tokens, silence in idle input streams, FREE elsewhere."""
-    idle = {"input": self.streams.silence_id}
-    return np.array(
-      [
-        cells.get(index, idle.get(stream.kind, FREE))
-        for stream, cells in zip(self.streams.streams, self._cells)
-      ],
-      np.int32,
-    )
+  def answers(
+    self,
+    prompts: Iterable[tuple[int, Prompt]],
+    places: int = 8,
+    policies: Mapping[str, Policy] | Policy = _GREEDY,
+    seed: int = 0,
+  ) -> Iterator[tuple[int, list[Row], str]]:
+    """Lets many conversations go on side by side; see `conversation.answers`."""
+    return answers(self, prompts, places, policies, seed)
 
 
 def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:

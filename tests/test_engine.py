@@ -1,59 +1,36 @@
 """Many sessions of one model: what each writes, and what that does not depend on."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from msjax.config import Config, ModelConfig
-from msjax.decoding import tick
-from msjax.decoding.engine import Engine, fill
-from msjax.decoding.policy import Policy
-from msjax.decoding.prepared import Unrolled
-from msjax.decoding.session import Stop
-from msjax.decoding.tick import FREE
-from msjax.errors import InputError, RunError
-from msjax.kernels import xla
-from msjax.streams import HOLE, Stream, Streams
-from msjax.training.state import Learner
-
-VOCAB, SILENCE, ROWS = 20, 3, 12
-TINY = ModelConfig(dim=32, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_dim=64, dtype="float32")
-STREAMS = Streams(
-  tuple(map(Stream.parse, ("output:output", "user:input", "think:internal"))), SILENCE
+from engine_cases import (
+  AT_ONCE,
+  HOT,
+  PLACES,
+  ROWS,
+  SILENCE,
+  VOCAB,
+  compiled_in_a_hurry,  # noqa: F401
+  engine,
+  model,
+  prompt,
+  run,
+  small_key_blocks,  # noqa: F401
+  unrolled,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_in_a_hurry():
-  """Compiling takes most of the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(autouse=True)
-def small_key_blocks(monkeypatch):
-  """So that a few rows fill several."""
-  monkeypatch.setattr(xla, "KEY_BLOCK", 4)
-
-
-@functools.cache
-def model():
-  """Every weight random."""
-  learner = Learner(Config(model=TINY), STREAMS, VOCAB)
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(learner.init, jax.random.key(0)).params
-  draw = lambda p: jnp.asarray(0.3 * rng.normal(size=p.shape), p.dtype)
-  return learner.model(jax.tree.map(draw, shapes))
-
-
-@functools.cache
-def unrolled():
-  return Unrolled.of(model())
+from msjax.decoding import tick
+from msjax.decoding.engine import Engine, fill
+from msjax.decoding.policy import Policy, Silence
+from msjax.decoding.session import Slide
+from msjax.decoding.stop import Stop
+from msjax.decoding.tick import FREE
+from msjax.errors import InputError, RunError
+from msjax.streams import HOLE
+from msjax.text.tokenizer import ByteTokenizer
 
 
 def written(grid, rows=ROWS, temperature=0.0, seed=0):
@@ -106,7 +83,7 @@ def test_a_session_goes_on_where_it_was():
   for r in range(ROWS):
     for session, rows in zip(sessions, grid):
       if r == 5:
-        session.script.extend(rows[5:])
+        session.follow(rows[5:])
     engine.step()
   np.testing.assert_array_equal([session.rows for session in sessions], whole)
 
@@ -152,18 +129,6 @@ def test_rows_come_as_they_are_made():
 
 
 # Sessions come and go.
-
-PLACES, AT_ONCE = 3, 4
-HOT = Policy(1.0, top_k=7, top_p=0.9)
-
-
-def engine(**options):
-  return Engine(unrolled(), PLACES, **{"rows": 8, "rows_at_once": AT_ONCE, **options})
-
-
-def prompt(number):
-  rng = np.random.default_rng(number)
-  return rng.integers(0, VOCAB, (5 * number % 13, 3)).astype(np.int32)
 
 
 def live(numbers, steps=14):
@@ -258,7 +223,7 @@ def test_a_pause_changes_nothing_but_when():
 
 def test_nothing_is_compiled_once_it_is_warm():
   live(range(6))
-  programs = tick.tick, tick.prefill, tick.put, tick.begin
+  programs = tick.tick, tick.prefill, tick.put, tick.begin, tick.take
   before = [program._cache_size() for program in programs]
   live([3, 1, 5, 0, 4])
   assert [program._cache_size() for program in programs] == before
@@ -336,11 +301,14 @@ def test_policies_are_those_of_each_stream_and_session():
   [
     (
       {"prompt": np.zeros((2, 2), int)},
-      r"session 4: prompt of int64, shape \(2, 2\); expected int",
+      r"session 4: block of int64, shape \(2, 2\); expected int",
     ),
-    ({"prompt": np.full((1, 3), FREE)}, r"session 4: prompt of .*, -1 \(hole\) to 19"),
+    ({"prompt": np.full((1, 3), FREE)}, r"session 4: block of .*, -1 \(hole\) to 19"),
     ({"prompt": np.full((1, 3), VOCAB)}, "expected integers"),
-    ({"prompt": np.zeros((99, 3), int)}, "prompt of 99 rows; expected at most the 64 of a context"),
+    (
+      {"prompt": np.zeros((99, 3), int)},
+      "block of 99 rows; expected at most 64, for which there is room in a context of 64",
+    ),
     ({"script": np.zeros((1, 3), float)}, r"session 4: script of float64, .* -2 \(free\)"),
     ({"policies": {"thinks": Policy()}}, "stream 'thinks' is unknown: .* did you mean 'think'"),
     (
@@ -379,3 +347,218 @@ def test_what_cannot_be_said_is_refused(verb, words, message):
     getattr(session, verb)(*words)
   here.step()
   assert len(session.rows) == 1
+
+
+# Many rows in one dispatch.
+
+
+@pytest.mark.parametrize("policy", [Policy(), HOT], ids=["likeliest", "drawn"])
+def test_many_rows_at_once_are_those_one_by_one(policy):
+  def rows(**options):
+    here = engine()
+    for n in range(4):
+      here.join(prompt(n), policy, seed=3, number=n, stop=Stop(rows=len(prompt(n)) + 9 + n))
+    sessions = here.sessions
+    run(here, **options)
+    return [np.stack(session.rows) for session in sessions]
+
+  for ours, theirs in zip(rows(rows=5), rows()):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize(
+  "stop",
+  [
+    Stop(end_id=5, end_streams=("think",)),
+    Stop(silent_rows=2),
+    Stop(tokens={"output": 2}),
+    Stop(rows=2),
+  ],
+  ids=["end", "silence", "tokens", "rows"],
+)
+def test_many_rows_end_where_one_by_one_do(stop):
+  script = np.full((12, 3), SILENCE, np.int32)
+  script[[0, 3, 5, 6, 9], [1, 0, 2, 0, 0]] = [4, 5, 5, 7, FREE]
+
+  def ended(**options):
+    here = engine()
+    first, other = here.join(script=script, stop=stop), here.join(stop=Stop(rows=17))
+    run(here, **options)
+    assert len(other.rows) == 17
+    return first.reason, np.stack(first.rows).tolist()
+
+  assert ended(rows=8) == ended()
+
+
+def test_who_ends_early_is_not_waited_for():
+  """The loop ends with the last session, and what was not fed is not told."""
+  here = engine()
+  script = np.full((64, 3), SILENCE, np.int32)
+  session = here.join(script=script, stop=Stop(silent_rows=3))
+  assert len(here.step(rows=32)) == 3 == len(session.rows)
+  np.testing.assert_array_equal(here.state.cache.row, [3, 0, 0])
+
+
+def test_a_script_that_ended_in_one_dispatch_goes_on_in_the_next():
+  here = engine()
+  session = here.join(script=np.full((3, 3), 7, np.int32))
+  here.step(rows=2)
+  session.say("user", [9])
+  here.step(rows=2)
+  here.step(rows=2)
+  assert [row[1] for row in session.rows] == [7, 7, 7, 9, SILENCE, SILENCE]
+
+
+# Blocks.
+
+
+def test_a_block_is_read_at_once_and_the_others_go_on():
+  here, whole = engine(), engine()
+  session, other = here.join(prompt(2), HOT, number=2), here.join(policies=HOT, number=5)
+  for _ in range(8):
+    here.step()
+  session.say("user", [1, 2])
+  before, ids = len(session.rows), list(range(10))
+  session.read("user", ids)
+  assert session.status == "reading"
+  for n in range(3):
+    assert [s for s, _ in here.step()] == ([other] if n < 2 else [session, other])
+  rows = np.stack(session.rows)
+  np.testing.assert_array_equal(rows[before:, 1], [1, 2, *ids])
+  np.testing.assert_array_equal(rows[before:, [0, 2]], SILENCE)
+  for _ in range(5):
+    here.step()
+  # What comes then is what comes where all of it is given row by row.
+  again = whole.join(policies=HOT, number=2, script=rows, stop=Stop(rows=len(rows) + 5))
+  run(whole)
+  np.testing.assert_array_equal(again.rows, session.rows)
+
+
+def test_the_end_of_a_block_ends_nothing():
+  here = engine()
+  stop = Stop(end_id=5, end_streams=("user", "think"), silent_rows=1)
+  given = np.full((6, 3), SILENCE, np.int32)
+  given[5, 2] = 5
+  for options in ({}, {"rows": 4}):
+    session = here.join(given, policies=Policy(logit_bias={9: 1e6}), stop=stop)
+    for _ in range(4):
+      here.step(**options)
+    assert session.reason is None and len(session.rows) > 6
+    session.end("enough")
+
+
+def test_a_block_needs_room():
+  here = engine(max_rows=10)
+  session = here.join(prompt(1))
+  here.step()
+  with pytest.raises(InputError, match="session 0: block of 7 rows; expected at most 5"):
+    session.read("user", [1] * 7)
+  session.read("user", [1] * 5)
+  run(here)
+  assert (session.reason, len(session.rows)) == ("context is full", 10)
+
+
+# Sliding.
+
+
+def test_who_slides_goes_on_as_if_the_rest_had_never_been():
+  here = engine(max_rows=16)
+  session = here.join(prompt(2), Policy(0.0), slide=Slide(3, 6), stop=Stop(rows=40))
+  other = here.join(stop=Stop(rows=12))
+  run(here)
+  assert len(session.rows) == 40 and len(other.rows) == 12
+  rows = np.stack(session.rows)
+  slid = [i for i, event in enumerate(session.events) if "slide" in event]
+  assert len(slid) == 4
+  # The row after the slide was proposed before it; those after that see what is left.
+  kept = np.concatenate([rows[:3], rows[10:16], rows[16:17]])
+  there = engine()
+  fresh = there.join(script=kept, stop=Stop(rows=16))
+  run(there)
+  np.testing.assert_array_equal(np.stack(fresh.rows)[10:], rows[17:23])
+
+
+@pytest.mark.parametrize("slide", [Slide(3, 0), Slide(-1, 3), Slide(8, 8)])
+def test_a_slide_keeps_something_and_makes_room(slide):
+  with pytest.raises(InputError, match=r"session 0: Slide\(.*; expected the last row at least"):
+    engine(max_rows=16).join(slide=slide)
+
+
+# Texts and grammars.
+
+
+def test_a_text_ends_a_session_wherever_tokens_cut_it():
+  here = Engine(unrolled(), 1, decoder=ByteTokenizer().stream_decoder)
+  said = [[9, 0, 9], [HOLE, 0, 11], [11, 0, 12], [HOLE, 12, 9], [12, 12, 11]]
+  stop = Stop(texts={"output": ("no", "\x0b\x0c")}, rows=8)
+  session = here.join(script=np.array(said + [[1, 1, 1]] * 3, np.int32), stop=stop)
+  run(here, rows=2)
+  assert (session.reason, len(session.rows)) == ("text", 5)
+
+
+def test_texts_need_a_decoder():
+  with pytest.raises(InputError, match=r"session 0: stop.texts .*; expected an Engine with"):
+    engine().join(stop=Stop(texts={"output": ("x",)}))
+
+
+def test_a_grammar_is_asked_before_each_row():
+  def even_then_odd(said):
+    return (np.arange(VOCAB) % 2 == len(said) % 2) | (np.arange(VOCAB) == SILENCE)
+
+  here = engine()
+  bias = {SILENCE: -1e6}
+  bound = here.join(policies={"think": Policy(1.0, grammar=even_then_odd, logit_bias=bias)})
+  free = here.join(policies={"think": Policy(1.0, logit_bias=bias)})
+  for _ in range(12):
+    here.step(rows=4)
+  said = np.stack(bound.rows)[1:, 2]
+  np.testing.assert_array_equal(said % 2, np.arange(1, 12) % 2)
+  assert len(set(said)) > 3
+  assert any(np.stack(free.rows)[1:, 2] % 2 != np.arange(1, 12) % 2)
+
+
+def test_a_grammar_that_forbids_to_speak_is_obeyed():
+  only = np.arange(VOCAB) == SILENCE
+  policy = Policy(grammar=lambda said: only, silence=Silence(longest=2))
+  here = engine()
+  session = here.join(policies={"think": policy})
+  for _ in range(6):
+    here.step()
+  assert (np.stack(session.rows)[:, 2] == SILENCE).all()
+
+
+@pytest.mark.parametrize("mask", [np.ones(3, bool), np.zeros(VOCAB, bool), np.ones(VOCAB)])
+def test_a_grammar_says_which_tokens(mask):
+  here = engine()
+  here.join(policies={"think": Policy(grammar=lambda said: mask)})
+  with pytest.raises(InputError, match=r"stream 'think': its grammar gave .* bool \[20\]"):
+    here.step()
+
+
+# Looks.
+
+
+def test_a_look_tells_what_the_model_thought_of_a_row():
+  here = engine()
+  session = here.join(prompt(1), HOT, looks=3, stop=Stop(rows=11))
+  plain = here.join(prompt(1), HOT, number=0, stop=Stop(rows=11))
+  run(here)
+  np.testing.assert_array_equal(session.rows, plain.rows)
+  assert not plain.looks and sorted(session.looks) == list(range(5, 12))
+  rows = np.stack(session.rows)
+  logits = jax.jit(lambda m, tokens: m.logits(m(tokens), tokens))(model(), rows[None])[0]
+  log_probs = jax.nn.log_softmax(logits)
+  for row, look in session.looks.items():
+    there = log_probs[row - 1]
+    np.testing.assert_allclose(look.entropy, -(np.exp(there) * there).sum(-1), atol=1e-4)
+    np.testing.assert_array_equal(look.ids, np.argsort(-there, axis=-1)[:, :3])
+    np.testing.assert_allclose(look.log_probs, np.sort(there)[:, ::-1][:, :3], atol=1e-4)
+
+
+def test_a_look_tells_where_attention_went():
+  here = engine()
+  session = here.join(prompt(1), looks=1, stop=Stop(rows=9))
+  run(here)
+  for row, look in session.looks.items():
+    np.testing.assert_allclose(look.attention.sum(-1), 1.0, atol=1e-5)
+    assert (look.attention > 0).all(), row

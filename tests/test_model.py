@@ -14,8 +14,9 @@ import msjax.model
 from msjax.config import Config, ModelConfig
 from msjax.decoding.tick import FREE
 from msjax.errors import InputError
-from msjax.model import Model, Schedule
+from msjax.model import Model
 from msjax.streams import HOLE, Stream, Streams
+from msjax.talk.conversation import Schedule
 from msjax.text.tokenizer import ByteTokenizer
 from msjax.training.state import Learner
 
@@ -161,7 +162,7 @@ def test_generation_ends_when_all_is_read_and_quiet():
 
 
 def test_generation_of_a_babbler_ends_all_the_same(monkeypatch):
-  monkeypatch.setattr(msjax.model, "_LONGEST_ANSWER", 10)
+  monkeypatch.setattr(msjax.talk.conversation, "_LONGEST_ANSWER", 10)
   babbler = parrot(0, ord("x"), 0, SILENCE)
   rows = list(babbler.generate({"user": "abc"}))
   assert len(rows) == 4 + 10

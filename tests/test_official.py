@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from golden_cases import (
   FIGURES,
   SILENCE,
@@ -286,6 +287,22 @@ def test_what_is_drawn_is_what_the_release_may_draw():
   assert np.any(tokens(other)[:4] != rows[:4])
 
 
+def test_looks_are_at_what_the_model_made_rows_of():
+  options = with_options(silence_penalty=2.0, looks=2, max_rows=6)
+  for rows in (told(TEXT[:3], options), conversed({1: 9}, options)):
+    assert rows[0].look is None
+    grid = tokens(rows)
+    for index in range(1, len(rows)):
+      logits = torch.tensor(next_logits(grid[:index], False))  # no penalty among them
+      log_probs = torch.log_softmax(logits, -1)
+      best = log_probs.topk(2)
+      look = rows[index].look
+      np.testing.assert_allclose(look.log_probs, best.values, atol=1e-4)
+      np.testing.assert_array_equal(look.ids[:, 0], best.indices[:, 0])
+      entropy = -(log_probs.exp() * log_probs).sum(-1)
+      np.testing.assert_allclose(look.entropy, entropy, atol=1e-4)
+
+
 def test_the_defaults_are_those_of_the_release():
   options = Options()
   assert (options.max_rows, options.pre_think, options.early_exit) == (200, 1, 1)
@@ -409,7 +426,7 @@ def test_texts_are_all_that_is_not_silence():
     ({"seeds": {"voids": 3}}, "^stream 'voids' is unknown"),
     ({"seeds": {"void": VOCAB}}, "script .* expected integers"),
     ({"prefill": TABLE[:, :9]}, r"^prefill or warm_start: int32 of shape \(12, 9\); expected"),
-    ({"prefill": TABLE + VOCAB}, "prompt .* expected integers"),
+    ({"prefill": TABLE + VOCAB}, "block .* expected integers"),
     ({"top_p": 0.0}, "top_p: 0.0; expected more than 0"),
   ],
 )

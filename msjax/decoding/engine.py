@@ -1,12 +1,14 @@
 """Many live sessions of one model: they come and go, read and write, a row of each at a time.
 
-The devices hold a fixed number of places. A session that comes is read in by itself, some rows
-between two ticks of the others, and then put into a free place; ticks take a row of every place, so
-that what a session writes does not depend on who has the others.
+The devices hold a fixed number of places. What a session reads at once, such as its prompt, it
+reads by itself, some rows between two ticks of the others, and is then put into its place; ticks
+take a row of every place, so that what a session writes does not depend on who has the others.
 """
 
+import collections
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +17,28 @@ import numpy as np
 from msjax.decoding import tick as tick_lib
 from msjax.decoding.policy import Knobs, Policy
 from msjax.decoding.prepared import Prepared
-from msjax.decoding.session import ENDED, NOT_FINITE, RUNNING, WAITING, Session, Stop
-from msjax.decoding.tick import FREE, State
+from msjax.decoding.session import (
+  CONTEXT_FULL,
+  ENDED,
+  NOT_FINITE,
+  READING,
+  RUNNING,
+  Bounds,
+  Session,
+  Setting,
+  Slide,
+)
+from msjax.decoding.snapshot import Snapshot
+from msjax.decoding.stop import Limits, Stop
+from msjax.decoding.tick import FREE, NOT_FED, State
 from msjax.errors import InputError
 from msjax.mesh import check_sessions
-from msjax.streams import HOLE
+from msjax.text.tokenizer import StreamDecoder
 
 _GREEDY, _NO_STOP = Policy(), Stop()
+_AT_ONCE = 32  # rows that are read between two ticks
+
+Fed = list[tuple[Session, np.ndarray]]
 
 
 class Engine:
@@ -31,6 +48,10 @@ class Engine:
     model: prepared, on the mesh in use.
     streams: of the model.
     state: what the devices hold.
+    rows_at_once: that a session reads between two ticks.
+    remembers: whether policies may ask which tokens a stream has had.
+    bounds: what it lets its sessions have.
+    identity: says which model this is.
   """
 
   def __init__(
@@ -39,9 +60,11 @@ class Engine:
     places: int = 1,
     rows: int = 64,
     max_rows: int = 1 << 16,
-    rows_at_once: int = 32,
+    rows_at_once: int | None = None,
     remembers: bool = False,
     queue_limit: int = 1 << 16,
+    decoder: Callable[[], StreamDecoder] | None = None,
+    identity: Callable[[], str] = lambda: "",
   ):
     """Makes room.
 
@@ -49,29 +72,51 @@ class Engine:
       model: prepared, on the mesh in use.
       places: B, sessions that advance together; a multiple of the chips on `data`.
       rows: that there is room for to begin with; it doubles as sessions grow.
-      max_rows: of a session, where its context is full.
-      rows_at_once: of a session that is read in, between two ticks.
+      max_rows: of a session's context.
+      rows_at_once: that a session reads between two ticks of the others; None: as many as take
+        about as long as a tick.
       remembers: whether policies may ask which tokens a stream has had.
       queue_limit: tokens that may wait in one stream of a session.
+      decoder: makes text of a stream's tokens, for `Stop.texts`.
+      identity: says which model this is, for logs and snapshots.
 
     Raises:
       InputError: a number below 1, or places that the mesh in use cannot deal out.
     """
+    if rows_at_once is None:
+      # Where arithmetic takes the time, as many cells as a tick has; else reading weights does.
+      by_arithmetic = jax.default_backend() == "cpu" and places > 1
+      rows_at_once = min(max(places, 4), _AT_ONCE) if by_arithmetic else _AT_ONCE
     sizes = {"places": places, "rows": rows, "max_rows": max_rows, "rows_at_once": rows_at_once}
     for name, size in sizes.items():
       if size < 1:
         raise InputError(f"{name}: {size}; expected 1 or more")
     check_sessions(model.trunk.cfg, places)
     self.model, self.streams = model, model.trunk.streams
-    self.max_rows, self._at_once, self._remembers = max_rows, rows_at_once, remembers
-    self._queue_limit = queue_limit
+    self.rows_at_once, self.remembers, self.identity = rows_at_once, remembers, identity
+    self.bounds = Bounds(model.vocab_size, max_rows, queue_limit, decoder)
     self.state = tick_lib.room(model, places, min(rows, max_rows), remembers)
     self._told = np.full((places, len(self.streams)), self.streams.silence_id, np.int32)
     self._places: list[Session | None] = [None] * places
     self._waiting: list[Session] = []
-    self._reading: tuple[Session, State, Knobs] | None = None
+    self._states: dict[Session, State] = {}  # of those waiting who have been here before
+    self._reader: _Reader | None = None
     self._knobs: Knobs | None = None
     self._numbers = 0
+
+  @property
+  def places(self) -> int:
+    """B."""
+    return len(self._places)
+
+  @property
+  def sessions(self) -> list[Session]:
+    """All that have not ended, by number."""
+    everyone = [*filter(None, self._places), *self._waiting]
+    going_on = (session for session in everyone if session.status != ENDED)
+    return sorted(going_on, key=lambda session: session.number)
+
+  # Sessions come, and are copied.
 
   def join(
     self,
@@ -81,209 +126,357 @@ class Engine:
     number: int | None = None,
     stop: Stop = _NO_STOP,
     script: np.ndarray | None = None,
+    slide: Slide | None = None,
+    looks: int = 0,
   ) -> Session:
     """Lets a session come; it gets the next free place.
 
     Args:
-      prompt: rows int32 [R, S] that it begins with, token ids and holes; None for none.
+      prompt: rows int32 [R, S] that it reads first, token ids and holes; None for none.
       policies: by stream, others as by `Policy()`; or one for all.
       seed: with the number, and for each row and stream, says what is drawn.
       number: of the session; None: one more than the last.
       stop: when it ends.
       script: rows int32 [R, S] that come after the prompt: token ids, holes, and `FREE` for what
         the model writes.
+      slide: what it keeps when its context is full; None: it ends.
+      looks: how many of the likeliest tokens a look at each row tells; 0: no looks.
 
     Raises:
       InputError: a row that is none, more rows than the context has, an unknown stream, a policy
         out of range.
     """
     number = self._numbers if number is None else number
-    self._numbers = max(self._numbers, number + 1)
-    who = f"session {number}"
-    by_stream = self._by_stream(who, policies)
-    session = Session(
-      *(self.streams, self.model.vocab_size, number, seed, by_stream, stop, self._queue_limit)
-    )
-    for name in (*stop.end_streams, *stop.tokens):
-      self.streams.id(name)
-    if prompt is not None and len(prompt):
-      session.unread.extend(self._checked(who, "prompt", prompt, HOLE))
-    if script is not None and len(script):
-      session.script.extend(self._checked(who, "script", script, FREE))
+    setting = Setting(number, seed, self._by_stream(policies), stop, slide, looks)
+    self._check(setting)
+    session = Session(setting, self.streams, self.bounds)
+    session.read_rows([] if prompt is None else prompt)
+    session.follow([] if script is None else script)
+    return self.admit(session)
+
+  def admit(self, session: Session) -> Session:
+    """Lets a session come that was made for this engine."""
+    self._numbers = max(self._numbers, session.number + 1)
     self._waiting.append(session)
     return session
 
-  def step(self) -> list[tuple[Session, np.ndarray]]:
-    """Feeds a row to every running session, and reads in some rows of one that waits.
+  def snapshot(self, session: Session) -> Snapshot:
+    """Copies a session as it stands, with all that the devices know of it."""
+    state = self._states.get(session)
+    if session.place is not None and session.status != ENDED:
+      reader = self._reader
+      if reader and reader.session is session:
+        state = jax.tree.map(jnp.copy, reader.state)
+      else:
+        state = tick_lib.take(self.model, self.state, np.int32(session.place))
+    elif session.status == ENDED:
+      raise InputError(f"session {session.number} has ended ({session.reason}); nothing is kept")
+    return Snapshot(session.setting, session.to_json(), state, self.identity())
+
+  def restore(self, snapshot: Snapshot, number: int | None = None) -> Session:
+    """Lets a session go on from a snapshot; under another number it goes on in its own way.
+
+    Raises:
+      InputError: a snapshot of another model.
+    """
+    snapshot.check(self.identity(), self.state)
+    self._check(snapshot.setting)
+    session = Session.again(snapshot.setting, self.streams, self.bounds, snapshot.session)
+    if number is not None:
+      self.renumber(session, number)
+    if snapshot.state is not None:
+      self._states[session] = snapshot.state
+    return self.admit(session)
+
+  def renumber(self, session: Session, number: int) -> None:
+    """Lets a session go on in its own way from here: other numbers draw other tokens."""
+    session.renumber(number)
+    if session.place is not None and session.status != READING:
+      self._put(session, tick_lib.take(self.model, self.state, np.int32(session.place)))
+
+  def fork(self, session: Session) -> Session:
+    """Lets a copy of a session come, under a number of its own."""
+    return self.restore(self.snapshot(session), self._numbers)
+
+  def park(self, session: Session) -> Snapshot:
+    """Takes a session out, to be restored some day."""
+    snapshot = self.snapshot(session)
+    session.end("parked")
+    return snapshot
+
+  # Time goes on.
+
+  def step(self, rows: int = 1) -> Fed:
+    """Feeds a row to every running session, and reads in some rows of one that has a block.
+
+    Args:
+      rows: up to so many rows of each are fed in one dispatch, which is quicker but hears what is
+        said afterwards only; where a session has a grammar or is looked at, it is one at a time.
 
     Returns:
-      The sessions with the rows int32 [S] that they were fed, token ids and holes.
+      The sessions with the rows int32 [S] that they were fed, token ids and holes; first rows
+      first.
     """
+    if rows < 1:
+      raise InputError(f"rows: {rows}; expected 1 or more")
     self._let_go()
-    self._read_in()
-    found = self._tick()
+    self._seat()
+    self._read()
+    running = [s for s in self._places if s is not None and s.status == RUNNING]
+    if any(session.needs_host for session in running):
+      rows = 1
+    fed = (self._tick if rows == 1 else functools.partial(self._ticks, rows))(running)
+    for session in running:
+      self._look_at(session)
     self._let_go()
-    return found
-
-  @property
-  def sessions(self) -> list[Session]:
-    """All that have not ended, by number."""
-    here = [session for session in self._places if session is not None]
-    here += [self._reading[0]] if self._reading else []
-    going_on = (session for session in (*here, *self._waiting) if session.status != ENDED)
-    return sorted(going_on, key=lambda session: session.number)
+    return fed
 
   def proposed(self, session: Session) -> np.ndarray:
     """What the model would write in the next row of a session that has a place, int32 [S]."""
-    return self._told[self._places.index(session)].copy()
+    return self._told[session.place].copy()
 
   def _let_go(self) -> None:
     """Frees the places of sessions that have ended."""
     for place, session in enumerate(self._places):
       if session is not None and session.status == ENDED:
-        self._places[place], self._knobs = None, None
+        self._places[place], self._knobs, session.place = None, None, None
+        if self._reader and self._reader.session is session:
+          self._reader = None
     self._waiting = [session for session in self._waiting if session.status != ENDED]
-    if self._reading and self._reading[0].status == ENDED:
-      self._reading = None
+    self._states = {s: state for s, state in self._states.items() if s.status != ENDED}
 
-  # Reading in.
+  def _seat(self) -> None:
+    """Gives free places to those that wait."""
+    while self._waiting and None in self._places:
+      session = self._waiting.pop(0)
+      place = self._places.index(None)
+      self._places[place], self._knobs, session.place = session, None, place
+      if session.status != READING:
+        if (state := self._states.pop(session, None)) is not None:
+          self._put(session, state)
+        else:
+          key = _key(session)
+          self.state = tick_lib.begin(self.model, self.state, np.int32(place), key)
+          self._told[place] = self.streams.silence_id
 
-  def _read_in(self) -> None:
-    """Lets those begin for whom there are places; of one who has rows to be read first, reads
-    some."""
-    free = self._places.count(None) - bool(self._reading)
-    coming = self._waiting[:free]
-    for session in coming:
-      if not session.unread:
-        self._begin(session)
-    self._waiting = [session for session in self._waiting if session.status == WAITING]
-    if self._reading is None:
-      reader = next((session for session in coming if session.unread), None)
-      if reader is None:
+  # Reading at once.
+
+  def _read(self) -> None:
+    """Reads some rows of a session that has a block, and puts it into its place after the last."""
+    if self._reader is None:
+      reading = [s for s in self._places if s is not None and s.status == READING]
+      if not reading:
         return
-      self._waiting.remove(reader)
-      self._reading = self._by_itself(reader)
-    session, one, knobs = self._reading
-    one = self._read_some(session, one, knobs)
-    if session.unread:
-      self._reading = session, one, knobs
+      self._reader = self._opened(min(reading, key=lambda session: session.number))
+    self._reader.read()
+    if self._reader.is_done:
+      self._put(self._reader.session, self._reader.state)
+      self._reader = None
+
+  def _opened(self, session: Session) -> "_Reader":
+    """Takes a session out of its place, to read by itself."""
+    if session in self._states:
+      before = jax.tree.map(jnp.copy, self._states.pop(session))
+    elif session.context:
+      before = tick_lib.take(self.model, self.state, np.int32(session.place))
     else:
-      self._reading = None
-      self._put(session, one)
+      before = self._room_for_one(session.block_rows)
+    before = dataclasses.replace(before, keys=_key(session)[None])
+    if not session.is_sliding:
+      return _Reader(self.model, session, before, self.rows_at_once, None)
+    slide = session.setting.slide
+    kept = [*session.rows[: slide.first], *session.rows[-slide.last :]]
+    room = dataclasses.replace(self._room_for_one(len(kept)), keys=before.keys)
+    return _Reader(self.model, session, room, self.rows_at_once, (kept, before))
 
-  def _begin(self, session: Session) -> None:
-    """Gives a session a place that has nothing to read first."""
-    place = self._places.index(None)
-    self.state = tick_lib.begin(self.model, self.state, np.int32(place), _key(session))
-    self._told[place] = self.streams.silence_id
-    self._take(place, session)
-
-  def _by_itself(self, session: Session) -> tuple[Session, State, Knobs]:
-    """A session that is to be read in."""
-    rows = _bucket(len(session.unread) + self._at_once)
-    one = tick_lib.room(self.model, 1, rows, self._remembers, None)
-    one = dataclasses.replace(one, keys=_key(session)[None])
-    return session, one, Knobs.of([session.policies])
-
-  def _read_some(self, session: Session, one: State, knobs: Knobs) -> State:
-    """Feeds the next rows of a session that is read in."""
-    count = min(self._at_once, len(session.unread))
-    rows = np.full((1, self._at_once, len(self.streams)), HOLE, np.int32)
-    rows[0, :count] = [session.unread.popleft() for _ in range(count)]
-    session.rows += list(rows[0, :count])
-    reading = np.array([bool(session.unread) or session.speaks_next])
-    return tick_lib.prefill(self.model, one, knobs, rows, np.array([count], np.int32), reading)
+  def _room_for_one(self, rows: int) -> State:
+    rows = 1 << (rows + self.rows_at_once - 1).bit_length()  # so that like lengths share a program
+    return tick_lib.room(self.model, 1, rows, self.remembers, None)
 
   def _put(self, session: Session, one: State) -> None:
-    """Gives a session a place that has been read in."""
-    place = self._places.index(None)
+    """Puts a session into its place."""
+    one = dataclasses.replace(one, keys=_key(session)[None])
     self._grow(one.cache.capacity)
-    self._told[place] = np.asarray(one.proposal)[0]
-    self.state = tick_lib.put(self.model, self.state, one, np.int32(place))
-    self._take(place, session)
-    self._look_at(place, session)
-
-  def _take(self, place: int, session: Session) -> None:
-    self._places[place], self._knobs = session, None
-    session.status = RUNNING
+    self._told[session.place] = np.asarray(one.proposal)[0]
+    self.state = tick_lib.put(self.model, self.state, one, np.int32(session.place))
 
   def _grow(self, cells: int) -> None:
     """Doubles the room until it has so many cells."""
-    cache = self.state.cache
-    while cache.capacity < cells:
-      cache = cache.grown(cache.capacity)
-    self.state = dataclasses.replace(self.state, cache=cache)
+    self.state = _grown(self.state, cells)
 
   # Ticks.
 
-  def _tick(self) -> list[tuple[Session, np.ndarray]]:
-    running = [
-      (place, session)
-      for place, session in enumerate(self._places)
-      if session is not None and session.status == RUNNING
-    ]
+  def _tick(self, running: list[Session]) -> Fed:
+    """Feeds one row."""
     if not running:
       return []
-    # A tick writes into places that are paused, too, where their next row is going to be.
-    longest = max(len(session.rows) for session in self._places if session)
-    self._grow((longest + 1) * len(self.streams))
-    given = np.full((len(self._places), len(self.streams)), self.streams.silence_id, np.int32)
-    active, reading = np.zeros((2, len(self._places)), bool)
-    for place, session in running:
-      given[place], active[place] = session.next_row(), True
-      reading[place] = session.speaks_next
-    if self._knobs is None:
-      of = [s.policies if s else [_GREEDY] * len(self.streams) for s in self._places]
-      self._knobs = jax.tree.map(jnp.asarray, Knobs.of(of))
-    self.state = tick_lib.tick(self.model, self.state, self._knobs, given, active, reading)
+    self._make_room(1)
+    given = np.full((self.places, len(self.streams)), self.streams.silence_id, np.int32)
+    active, reading = np.zeros((2, self.places), bool)
+    for session in running:
+      given[session.place], active[session.place] = session.next_row(), True
+      reading[session.place] = session.speaks_next
     fed = np.where(given == FREE, self._told, given)
-    self._told = np.array(self.state.proposal)
+    knobs, looks = self._with_grammars(running, fed), max(s.setting.looks for s in running)
+    self.state, look = tick_lib.tick(
+      self.model, self.state, knobs, given, active, reading, looks=looks
+    )
+    self._told, look = jax.device_get((self.state.proposal, look))
+    self._told = np.array(self._told)
+    for session in running:
+      place = session.place
+      session.was_fed(fed[place], given[place], reading[place])
+      if session.setting.looks:
+        session.looks[len(session.rows)] = jax.tree.map(lambda x, at=place: x[at], look)
+    return [(session, fed[session.place]) for session in running]
+
+  def _ticks(self, rows: int, running: list[Session]) -> Fed:
+    """Feeds up to so many rows."""
+    if not running:
+      return []
+    self._make_room(rows)
+    shape = self.places, rows, len(self.streams)
+    given, reading = np.full(shape, self.streams.silence_id, np.int32), np.zeros(shape[:2], bool)
+    allowed = np.zeros(self.places, np.int32)
+    for session in running:
+      place, most = session.place, self.bounds.max_rows - session.context
+      if session.setting.stop.rows is not None:
+        most = min(most, session.setting.stop.rows - len(session.rows))
+      if session.is_ending_block:  # which ends no session here, but would there
+        most = 1
+      allowed[place] = min(rows, max(most, 1))
+      for n in range(allowed[place]):
+        given[place, n], reading[place, n] = session.next_row(), session.speaks_next
+    endings = [session and session.ending for session in self._places]
+    limits = Limits.of(endings, allowed, self.streams)
+    knobs = self._all_knobs()
+    self.state, told = tick_lib.ticks(self.model, self.state, knobs, limits, given, reading)
+    told = np.concatenate([self._told[:, None], np.asarray(told)], axis=1)
+    fed = np.where(given == FREE, told[:, :-1], given)
     found = []
-    for place, session in running:
-      session.was_fed(fed[place])
-      found.append((session, fed[place]))
-      self._look_at(place, session)
+    for n in range(rows):
+      for session in running:
+        place = session.place
+        if session.status != ENDED and told[place, n + 1, 0] != NOT_FED:
+          session.was_fed(fed[place, n], given[place, n], reading[place, n])
+          self._told[place] = told[place, n + 1]
+          found.append((session, fed[place, n]))
     return found
 
-  def _look_at(self, place: int, session: Session) -> None:
-    """Ends a session that cannot go on."""
-    if session.status == RUNNING and (self._told[place] == tick_lib.NOT_FINITE).any():
+  def _make_room(self, rows: int) -> None:
+    # A tick writes into places that do not run, too, where their next row is going to be.
+    longest = max(session.context for session in self._places if session)
+    self._grow((longest + rows) * len(self.streams))
+
+  def _all_knobs(self) -> Knobs:
+    if self._knobs is None:
+      idle = [_GREEDY] * len(self.streams)
+      of = [session.setting.policies if session else idle for session in self._places]
+      self._knobs = jax.tree.map(jnp.asarray, Knobs.of(of))
+    return self._knobs
+
+  def _with_grammars(self, running: list[Session], fed: np.ndarray) -> Knobs:
+    """Policies, with what grammars allow after rows [B, S]."""
+    knobs = self._all_knobs()
+    asked = {s: s.allowed_after(fed[s.place]) for s in running if s.needs_host}
+    if not any(asked.values()):
+      return knobs
+    V = self.model.columns.shape[1]
+    allowed = np.ones((self.places, len(self.streams), V), bool)
+    for session, by_stream in asked.items():
+      for s, mask in by_stream.items():
+        allowed[session.place, s, : len(mask)] = mask
+    return dataclasses.replace(knobs, allowed=allowed)
+
+  def _look_at(self, session: Session) -> None:
+    """Ends a session that cannot go on, or lets it slide."""
+    if session.status == ENDED:
+      return
+    if (self._told[session.place] == tick_lib.NOT_FINITE).any():
       session.end(NOT_FINITE)
-    elif session.status == RUNNING and len(session.rows) >= self.max_rows:
-      session.end("context is full")
+    elif session.context >= self.bounds.max_rows:
+      if session.setting.slide:
+        session.is_sliding = True
+      else:
+        session.end(CONTEXT_FULL)
 
   # What is handed in.
 
-  def _by_stream(self, who, policies) -> list[Policy]:
+  def _by_stream(self, policies) -> tuple[Policy, ...]:
     names = self.streams.names
     if isinstance(policies, Policy):
       policies = dict.fromkeys(names, policies)
-    for name, policy in policies.items():
+    for name in policies:
       self.streams.id(name)
+    return tuple(policies.get(name, _GREEDY) for name in names)
+
+  def _check(self, setting: Setting) -> None:
+    """Refuses what is out of range, or what this engine has not."""
+    who, most = f"session {setting.number}", self.bounds.max_rows
+    for name, policy in zip(self.streams.names, setting.policies):
       policy.check(f"{who}, stream {name!r}", self.model.vocab_size)
-      if policy.remembers and not self._remembers:
+      if policy.remembers and not self.remembers:
         raise InputError(
           f"{who}, stream {name!r}: repetition_penalty or presence_penalty; expected an Engine "
           "made with remembers=True"
         )
-    return [policies.get(name, _GREEDY) for name in names]
+    setting.stop.check(who, self.streams)
+    if setting.stop.texts and self.bounds.decoder is None:
+      raise InputError(f"{who}: stop.texts {setting.stop.texts}; expected an Engine with a decoder")
+    slide = setting.slide
+    if slide and not (slide.first >= 0 < slide.last and slide.first + slide.last < most):
+      raise InputError(
+        f"{who}: {slide}; expected the last row at least, and together fewer than the {most} of a "
+        "context"
+      )
+    if setting.looks < 0:
+      raise InputError(f"{who}: looks: {setting.looks}; expected 0 (none) or more")
 
-  def _checked(self, who, name, rows, lowest) -> np.ndarray:
-    """Rows that are handed in, as int32."""
-    rows = np.asarray(rows)
-    S, V = len(self.streams), self.model.vocab_size
-    whole = rows.ndim == 2 and rows.shape[1] == S and np.issubdtype(rows.dtype, np.integer)
-    if not (whole and rows.min() >= lowest and rows.max() < V):
-      free = "-2 (free), " if lowest == FREE else ""
-      raise InputError(
-        f"{who}: {name} of {rows.dtype}, shape {rows.shape}; expected integers [R, {S}], {free}-1 "
-        f"(hole) to {V - 1}"
-      )
-    if len(rows) > self.max_rows:
-      raise InputError(
-        f"{who}: {name} of {len(rows)} rows; expected at most the {self.max_rows} of a context"
-      )
-    return rows.astype(np.int32)
+
+class _Reader:
+  """Reads rows of one session by itself."""
+
+  def __init__(
+    self,
+    model: Prepared,
+    session: Session,
+    state: State,
+    at_once: int,
+    slide: tuple[list[np.ndarray], State] | None,
+  ):
+    """Begins with a state of one session; or, where it slides, with rows that are kept and the
+    state before, of which all but the cache goes on."""
+    self.model, self.session, self._at_once = model, session, at_once
+    self._kept, self._before = slide or ([], None)
+    self._kept = collections.deque(self._kept)
+    rows = len(self._kept) or session.context + session.block_rows
+    self.state = _grown(state, (rows + at_once) * len(session.streams))
+
+  @property
+  def is_done(self) -> bool:
+    """Whether nothing is left to read."""
+    return not (self._kept if self._before else self.session.block_rows)
+
+  def read(self) -> None:
+    """Reads the next rows."""
+    if self._before:
+      count = min(self._at_once, len(self._kept))
+      self._feed(np.stack([self._kept.popleft() for _ in range(count)]))
+      if self.is_done:
+        self.state = dataclasses.replace(self._before, cache=self.state.cache)
+        self.session.slid()
+    else:
+      block = self.session.next_block(self._at_once)
+      self._feed(block)
+      self.session.had_block(block)
+
+  def _feed(self, block: np.ndarray) -> None:
+    rows = np.zeros((1, self._at_once, block.shape[1]), np.int32)
+    rows[0, : len(block)] = block
+    count = np.array([len(block)], np.int32)
+    since = max(policy.silence.since for policy in self.session.setting.policies)
+    since = np.array([since], np.int32)
+    self.state = tick_lib.prefill(self.model, self.state, rows, count, since)
 
 
 def fill(engine: Engine, grid: np.ndarray, policy: Policy = _GREEDY, seed: int = 0) -> np.ndarray:
@@ -302,17 +495,23 @@ def fill(engine: Engine, grid: np.ndarray, policy: Policy = _GREEDY, seed: int =
     for n, rows in enumerate(grid)
   ]
   while engine.sessions:
-    engine.step()
+    engine.step(rows=_FILLED_AT_ONCE)
   for session in sessions:
     session.check()
   return np.stack([session.rows for session in sessions])
 
 
+_FILLED_AT_ONCE = 16
+
+
+def _grown(state: State, cells: int) -> State:
+  """The state with its room doubled until it has so many cells."""
+  cache = state.cache
+  while cache.capacity < cells:
+    cache = cache.grown(cache.capacity)
+  return dataclasses.replace(state, cache=cache)
+
+
 def _key(session: Session) -> jax.Array:
   """What all that is drawn in a session depends on."""
-  return jax.random.fold_in(jax.random.key(session.seed), session.number)
-
-
-def _bucket(rows: int) -> int:
-  """The next power of two, so that prompts of like lengths share a program."""
-  return 1 << (rows - 1).bit_length()
+  return jax.random.fold_in(jax.random.key(session.setting.seed), session.number)

@@ -5,6 +5,7 @@ Where it has bugs, the docstrings say what is done instead.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,9 +13,11 @@ import jax
 import numpy as np
 
 from msjax.decoding.engine import Engine
+from msjax.decoding.look import Look
 from msjax.decoding.policy import Policy, Silence
 from msjax.decoding.prepared import Prepared
-from msjax.decoding.session import ENDED, Session, Stop
+from msjax.decoding.session import ENDED, Session
+from msjax.decoding.stop import Stop
 from msjax.decoding.tick import FREE
 from msjax.errors import InputError
 from msjax.streams import Streams
@@ -45,8 +48,6 @@ _NUMBER = 0  # of every session, so that draws depend on the seed alone
 class Options:
   """How the release decodes.
 
-  `record_logits` is missing, as the engine does not tell what it draws from.
-
   Attributes:
     seeds: tokens of row 0 by stream (see `seeds`), others are silent; without prefill only.
     prefill: int [R, S], the first rows, read at once. No silence penalty counts in the row after.
@@ -66,6 +67,8 @@ class Options:
     ablated: streams that are silent in every row, those that are given included.
     early_exit: so many rows without a word end it, and the last of them is not told; 0: never. They
       count from the end of the user's text on. (In the release silence before it ends it, too.)
+    looks: how many of the likeliest tokens are told with each row that the model wrote, with the
+      entropy; 0: none. (The release's `record_logits` has penalties in it; these have not.)
     user: the input stream that the text goes into; other input streams are silent.
   """
 
@@ -82,6 +85,7 @@ class Options:
   during_user_talk: bool = False
   ablated: Sequence[str] = ()
   early_exit: int = 1
+  looks: int = 0
   user: str = "user"
 
   def __post_init__(self):
@@ -98,11 +102,13 @@ class Row(NamedTuple):
     index: from 0.
     tokens: int32 [S], by stream id.
     given: whether it stems from the prefill or the warm start.
+    look: at what the model made it of, if asked for; None for rows that it did not make.
   """
 
   index: int
   tokens: np.ndarray
   given: bool
+  look: Look | None = None
 
 
 _DEFAULT = Options()
@@ -142,8 +148,9 @@ def generate(
     seed=seed,
     number=_NUMBER,
     stop=Stop(rows=total),
+    looks=options.looks,
   )
-  return _told(engine, session, options.early_exit, end, plan.read)
+  return _told(engine, session, options.early_exit, end, plan)
 
 
 def converse(
@@ -175,7 +182,9 @@ def converse(
   plan = _Plan.of(engine.streams, options)
   silence = {"ramp": _RAMP, "since": plan.read, "while_read": options.during_user_talk}
   policies = _policies(engine.streams, options, silence)
-  return _conversation(engine, plan, policies, len(plan.rows) + options.max_rows, seed)
+  how = {"policies": policies, "seed": seed, "number": _NUMBER, "looks": options.looks}
+  join = functools.partial(engine.join, **how)
+  return _conversation(engine, plan, join, len(plan.rows) + options.max_rows)
 
 
 def cells(
@@ -300,7 +309,7 @@ def _policies(streams, options, silence):
   }
 
 
-def _told(engine, session, early_exit, end, read):
+def _told(engine, session, early_exit, end, plan):
   """A session's rows as they are made, up to its end or so many silent ones from row `end` on."""
   index = silent = 0
   try:
@@ -310,12 +319,18 @@ def _told(engine, session, early_exit, end, read):
       silent = silent + 1 if index >= end and not spoke else 0
       if early_exit and silent >= early_exit:
         return
-      yield Row(index, row.copy(), index < read)
+      yield _row(plan, session, index, row.copy())
       index += 1
   finally:
     if session.status != ENDED:
       session.end("told")
   session.check()
+
+
+def _row(plan: "_Plan", session: Session | None, index: int, tokens: np.ndarray) -> Row:
+  """A row as it is told."""
+  made = session is not None and index >= len(plan.rows)
+  return Row(index, tokens, index < plan.read, session.looks.get(index) if made else None)
 
 
 def _has(engine: Engine, session: Session, index: int) -> bool:
@@ -325,7 +340,7 @@ def _has(engine: Engine, session: Session, index: int) -> bool:
   return len(session.rows) > index
 
 
-def _conversation(engine, plan, policies, total, seed):
+def _conversation(engine, plan, join, total):
   """See `converse`; `total` rows."""
   session = None
   try:
@@ -333,15 +348,15 @@ def _conversation(engine, plan, policies, total, seed):
       given = index < len(plan.rows)
       fed = (plan.rows[index] if given else plan.free).copy()
       told = fed.copy() if given else np.where(fed == FREE, engine.proposed(session), fed)
-      word = yield Row(index, told, index < plan.read)
+      word = yield _row(plan, session, index, told)
       if word is not None:
         fed[plan.user] = told[plan.user] = _word(engine, plan, index, word)
       if index < len(plan.rows) - 1 or index == total - 1:
         continue
       if session is None:
-        session = engine.join(plan.rows[:-1], policies, seed, _NUMBER, script=fed[None])
+        session = join(plan.rows[:-1], script=fed[None])
       else:
-        session.script.append(fed)
+        session.follow(fed[None])
         session.resume()
       if not _has(engine, session, index) or session.status == ENDED:
         break

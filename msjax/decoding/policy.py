@@ -3,13 +3,13 @@ stream is silent."""
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from msjax.errors import InputError
+from msjax.errors import InputError, nearest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,11 @@ class Silence:
   shares: tuple[float, ...] = ()
 
 
+# Which tokens may come after those that a stream has had, silence among both: bool [V], or None for
+# all. The same tokens get the same answer.
+Grammar = Callable[[Sequence[int]], np.ndarray | None]
+
+
 @dataclasses.dataclass(frozen=True)
 class Policy:
   """How one stream is written.
@@ -62,6 +67,7 @@ class Policy:
     logit_bias: what is added to the logits of tokens, by id.
     silence: when the stream says nothing.
     ablated: whether it always says nothing.
+    grammar: which tokens may be written; asked by the host before each row.
   """
 
   temperature: float = 0.0
@@ -73,6 +79,7 @@ class Policy:
   logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
   silence: Silence = Silence()
   ablated: bool = False
+  grammar: Grammar | None = None
 
   def check(self, where: str, vocab_size: int) -> None:
     """Refuses what is out of range; `where` names session and stream."""
@@ -116,6 +123,78 @@ class Policy:
     """Whether it asks which tokens the stream has had."""
     return self.repetition_penalty != 1 or self.presence_penalty != 0
 
+  def to_json(self) -> dict[str, Any]:
+    """Returns what `from_json` reads; a grammar is not in it."""
+    plain = dataclasses.replace(self, grammar=None, logit_bias=dict(self.logit_bias))
+    return {k: v for k, v in dataclasses.asdict(plain).items() if k != "grammar"}
+
+  def changed(self, words: str) -> "Policy":
+    """Returns it with what `NAME=VALUE,...` says; `silence.NAME` for a field of `Silence`.
+
+    Raises:
+      InputError: a name that is none, or a value that cannot be read.
+    """
+    mine, silence = {}, {}
+    for word in filter(None, words.split(",")):
+      name, equals, value = word.partition("=")
+      of, known, found = mine, _settable(Policy), name
+      if name.startswith("silence."):
+        of, known, found = silence, _settable(Silence), name.removeprefix("silence.")
+      if found not in known or not equals:
+        names = [*_settable(Policy), *(f"silence.{n}" for n in _settable(Silence))]
+        raise InputError(
+          f"policy {word!r}: expected NAME=VALUE, NAME one of {', '.join(names)}"
+          f"{nearest(name, names)}"
+        )
+      of[found] = _read(word, type(known[found]), value)
+    return dataclasses.replace(self, **mine, silence=dataclasses.replace(self.silence, **silence))
+
+  @classmethod
+  def from_json(cls, data: Mapping[str, Any]) -> "Policy":
+    """Reads what `to_json` made, after it has been through JSON."""
+    bias = {int(id): value for id, value in data["logit_bias"].items()}
+    silence = {**data["silence"], "shares": tuple(data["silence"]["shares"])}
+    return cls(**{**data, "silence": Silence(**silence), "logit_bias": bias})
+
+
+def _settable(cls: type) -> dict[str, Any]:
+  """Fields that a word can set, with their defaults."""
+  fields = ((f.name, f.default) for f in dataclasses.fields(cls))
+  return {name: value for name, value in fields if type(value) in (bool, int, float)}
+
+
+def _read(word: str, kind: type, value: str) -> bool | int | float:
+  try:
+    return {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
+  except (KeyError, ValueError):
+    expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+    raise InputError(f"policy {word!r}: expected {expected}") from None
+
+
+def by_stream(words: Sequence[str], names: Sequence[str], base: Policy = Policy()) -> dict:
+  """Reads policies as commands take them.
+
+  Args:
+    words: each `NAME=VALUE,...` for all streams, or `STREAM:NAME=VALUE,...` for one; later ones
+      change what earlier ones say.
+    names: of the streams.
+    base: what is changed.
+
+  Returns:
+    A policy by stream.
+  """
+  found = dict.fromkeys(names, base)
+  for given in words:
+    stream, colon, rest = given.partition(":")
+    if colon and stream not in names:
+      raise InputError(
+        f"policy {given!r}: stream {stream!r} is unknown: there are {', '.join(names)}"
+        f"{nearest(stream, names)}"
+      )
+    for name in [stream] if colon else names:
+      found[name] = found[name].changed(rest if colon else given)
+  return found
+
 
 _LEAST_SHARES = 16  # so that short texts share a program
 
@@ -130,7 +209,8 @@ class Knobs:
   """The policies of all sessions and streams as arrays [B, S], for the devices.
 
   Attributes are those of `Policy` and `Silence`; `bias_ids`, `bias` and `shares` are [B, S, n],
-  unused places have id or share -1.
+  unused places have id or share -1; `allowed` is bool [B, S, V] by the grammars, or [B, S, 0] where
+  there are none.
   """
 
   temperature: Any
@@ -151,6 +231,7 @@ class Knobs:
   duty: Any
   since: Any
   shares: Any
+  allowed: Any
 
   @classmethod
   def of(cls, policies: Sequence[Sequence[Policy]]) -> "Knobs":
@@ -181,6 +262,7 @@ class Knobs:
       duty=of_silence("duty", np.float32),
       since=of_silence("since", np.int32),
       shares=_shares(policies),
+      allowed=np.ones((*ids.shape[:2], 0), bool),
     )
 
 

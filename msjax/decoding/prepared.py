@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from flax import nnx
 
 from msjax import sharding
 from msjax.decoding.cache import Cache
+from msjax.decoding.look import attended
 from msjax.kernels import api, tpu_decode, xla
 from msjax.kernels.lanes import LANES
 from msjax.kernels.rotary import Turn
@@ -76,12 +76,13 @@ class Prepared(abc.ABC):
 
   @abc.abstractmethod
   def through_layers(
-    self, x: jax.Array, turn: Turn, cache: Cache, visibility: Visibility
-  ) -> tuple[jax.Array, Any, Any]:
+    self, x: jax.Array, turn: Turn, cache: Cache, visibility: Visibility, look: bool
+  ) -> tuple[jax.Array, Any, Any, jax.Array | None]:
     """Takes the C rows that are fed, [B, C * S, D] in attention order, through all layers.
 
     Returns:
-      [B, C * S, D]; keys and values as in the cache, the rows' among them.
+      [B, C * S, D]; keys and values as in the cache, the rows' among them; if `look`, where the
+      attention of one row went: see `Look`.
     """
 
   @property
@@ -123,14 +124,22 @@ class Unrolled(Prepared):
     """See `Prepared`."""
     return xla.KEY_BLOCK
 
-  def through_layers(self, x, turn, cache, visibility):
+  def through_layers(self, x, turn, cache, visibility, look):
     """See `Prepared`."""
-    k_cache, v_cache = list(cache.k), list(cache.v)
+    k_cache, v_cache, attention = list(cache.k), list(cache.v), []
     for i, block in enumerate(self.layers):
       at = self._at(cache)
-      attend = functools.partial(_attend_cache, k_cache, v_cache, i, at, visibility, turn)
+
+      def attend(q, k, v, q_scale, k_scale, i=i, at=at):
+        q, k = turn(q, q_scale), turn(k, k_scale)
+        _write(k_cache, i, k, at)
+        _write(v_cache, i, v, at)
+        if look:
+          attention.append(attended(_swap(q), k_cache[i], visibility, self.trunk.streams))
+        return _swap(xla.attention(_swap(q), k_cache[i], v_cache[i], visibility))
+
       x = block(x, attend, sharding.CELLS_WHOLE)
-    return x, tuple(k_cache), tuple(v_cache)
+    return x, tuple(k_cache), tuple(v_cache), sum(attention) / len(self.layers) if look else None
 
   _session_axis = 0
 
@@ -164,29 +173,35 @@ class Stacked(Prepared):
     """See `Prepared`."""
     return LANES
 
-  def through_layers(self, x, turn, cache, visibility):
+  def through_layers(self, x, turn, cache, visibility, look):
     """See `Prepared`."""
     one_row = x.shape[1] == len(self.trunk.streams)
     plan = tpu_decode.plan(visibility, cache.k) if one_row else None
 
     def layer(x, block_and_index):
       block, i = block_and_index
-      new = []
+      new, attention = [], []
 
       def attend(q, k, v, q_scale, k_scale):  # the block gives its keys and values to nobody else
         new.extend((turn(k, k_scale), v))
         q = turn(q, q_scale)
+        if look:
+          keys = self._with_rows(cache.k[i], new[0], cache)
+          attention.append(attended(_swap(q), keys, visibility, self.trunk.streams))
         if one_row:
           return tpu_decode.attention(q, *new, cache.k, cache.v, i, plan)
         k, v = (self._with_rows(old[i], rows, cache) for old, rows in zip((cache.k, cache.v), new))
         return _swap(xla.attention(_swap(q), k, v, visibility))
 
       x = block(x, attend, sharding.CELLS_WHOLE)
-      return x, tuple(rows.reshape(*rows.shape[:2], -1) for rows in new)
+      new = tuple(rows.reshape(*rows.shape[:2], -1) for rows in new)
+      return x, (new, attention[0] if look else None)
 
-    x, new = jax.lax.scan(layer, x, (self.layers, jnp.arange(self.trunk.cfg.layers)))
+    indices = jnp.arange(self.trunk.cfg.layers)
+    x, (new, attention) = jax.lax.scan(layer, x, (self.layers, indices))
     write = lambda old, rows: tpu_decode.write_rows(old, rows, self._at(cache))
-    return x, write(cache.k, new[0]), write(cache.v, new[1])
+    attention = attention.mean(0) if look else None
+    return x, write(cache.k, new[0]), write(cache.v, new[1]), attention
 
   def _with_rows(self, old, rows, cache):
     """Keys or values of a layer [B, M, K * H], with rows [B, C * S, K, H] -> [B, K, M, H]."""
@@ -226,6 +241,17 @@ def feed(
     Hidden states [B, R, S, D], normed, as the whole-grid pass gives for these rows; the cache with
     them.
   """
+  return _feed(model, cache, tokens, count, positions, look=False)[:2]
+
+
+def feed_and_look(
+  model: Prepared, cache: Cache, tokens: jax.Array, count: jax.Array
+) -> tuple[jax.Array, Cache, jax.Array]:
+  """Feeds one row as `feed` does, and returns where attention went, too: see `Look`."""
+  return _feed(model, cache, tokens, count, None, look=True)
+
+
+def _feed(model, cache, tokens, count, positions, look):
   trunk, streams = model.trunk, model.trunk.streams
   R = tokens.shape[1]
   if positions is None:
@@ -236,9 +262,10 @@ def feed(
   )
   visibility = streams.visibility_in_cache(tokens, cache.row, key_ok)
   turn = trunk.turn(streams.to_attention(positions))
-  x, k, v = model.through_layers(_embedded(trunk, tokens), turn, cache, visibility)
+  x = _embedded(trunk, tokens)
+  x, k, v, attention = model.through_layers(x, turn, cache, visibility, look)
   hidden = streams.from_attention(trunk.normed(x))
-  return hidden, Cache(k, v, key_ok, cache.row + (R if count is None else count))
+  return hidden, Cache(k, v, key_ok, cache.row + (R if count is None else count)), attention
 
 
 def _embedded(trunk, tokens):
@@ -288,13 +315,10 @@ def _trunk(model):
   return trunk
 
 
-def _attend_cache(k_cache, v_cache, i, at, visibility, turn, q, k, v, q_scale, k_scale):
-  """Writes the rows' keys and values into layer i of the caches, then attends to it."""
-  q, k = turn(q, q_scale), turn(k, k_scale)
+def _write(caches, i, new, at):
+  """Writes keys or values of rows [B, C * S, K, H] into the cache of layer i."""
   put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
-  k_cache[i] = put(k_cache[i], _swap(k).astype(k_cache[i].dtype), at)
-  v_cache[i] = put(v_cache[i], _swap(v).astype(v_cache[i].dtype), at)
-  return _swap(xla.attention(_swap(q), k_cache[i], v_cache[i], visibility))
+  caches[i] = put(caches[i], _swap(new).astype(caches[i].dtype), at)
 
 
 def _swap(x):

@@ -106,8 +106,13 @@ def sample(
   logits = logits - jnp.where(silence, _silence_penalty(knobs, past, reading)[..., None], 0.0)
   must_speak = (knobs.longest > 0) & (past.silent >= knobs.longest)
   logits = jnp.where(silence & must_speak[..., None], -jnp.inf, logits)
+  must_be_silent = _must_be_silent(knobs, past)
+  if knobs.allowed.shape[-1]:
+    logits = jnp.where(knobs.allowed, logits, -jnp.inf)
+    # Who has to speak, but may say nothing.
+    must_be_silent |= sharding.highest(logits.max(-1), "vocab") == -jnp.inf
   drawn = _drawn(logits, knobs, ids, keys)
-  return jnp.where(_must_be_silent(knobs, past), silence_id, drawn)
+  return jnp.where(must_be_silent, silence_id, drawn)
 
 
 def _weighed(logits: jax.Array, knobs: Knobs, past: Past, ids: jax.Array) -> jax.Array:

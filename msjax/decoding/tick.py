@@ -9,14 +9,17 @@ import jax.numpy as jnp
 
 from msjax import sharding
 from msjax.decoding.cache import Cache
+from msjax.decoding.look import Look, look
 from msjax.decoding.policy import Knobs
-from msjax.decoding.prepared import Prepared, feed
+from msjax.decoding.prepared import Prepared, feed, feed_and_look
 from msjax.decoding.sampling import Past, sample
+from msjax.decoding.stop import Limits
 from msjax.models import axes
 from msjax.streams import HOLE
 
 FREE = -2  # in a row that is given: let the model write this cell
 NOT_FINITE = -3  # in a proposal: there is no likeliest token
+NOT_FED = -5  # in what is told of rows: this one was not fed
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +74,7 @@ def specs(model: Prepared, state: State, axis: str | None = "batch") -> State:
   return State(model.cache_specs(state.cache, axis), past, of_sessions, of_sessions)
 
 
-@functools.partial(jax.jit, donate_argnames="state")
+@functools.partial(jax.jit, donate_argnames="state", static_argnames="looks")
 def tick(
   model: Prepared,
   state: State,
@@ -79,7 +82,8 @@ def tick(
   given: jax.Array,
   active: jax.Array,
   reading: jax.Array,
-) -> State:
+  looks: int = 0,
+) -> tuple[State, Look | None]:
   """Feeds a row to every active session and proposes its next; sessions are cut over `data`.
 
   Args:
@@ -89,60 +93,130 @@ def tick(
     given: int32 [B, S], by stream id: token ids, -1 for a hole, `FREE` for what the state proposes.
     active: bool [B]; the others stay as they are.
     reading: bool [B], whether an input stream is known to speak in the row after this.
+    looks: how many of the likeliest tokens are told with a look at what is proposed; 0: no look.
 
   Returns:
-    The next state.
+    The next state; the look, if any.
   """
-  return _on_chips(_tick, model, state, "batch", knobs, given, active, reading)
-
-
-def _tick(model, state, knobs, given, active, reading):
-  tokens = jnp.where(given == FREE, state.proposal, given)
-  return _fed(model, state, knobs, tokens[:, None], active.astype(jnp.int32), reading)
+  by_session, of_state = sharding.spec("batch"), specs(model, state)
+  return sharding.on_chips(
+    functools.partial(_tick, looks=looks),
+    in_specs=(axes.specs(model), of_state, _knob_specs(knobs), *[by_session] * 3),
+    out_specs=(of_state, by_session if looks else None),
+  )(model, state, knobs, given, active, reading)
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def prefill(
+def ticks(
   model: Prepared,
   state: State,
   knobs: Knobs,
-  rows: jax.Array,
-  count: jax.Array,
+  limits: Limits,
+  given: jax.Array,
   reading: jax.Array,
-) -> State:
-  """Feeds the first `count` of R rows at once to sessions that every chip has.
+) -> tuple[State, jax.Array]:
+  """Feeds up to N rows one after another, without the host; ends when no session goes on.
 
   Args:
-    model: as for `tick`, like knobs and reading.
-    state: made with axis None; donated; its cache has room for R rows.
+    model: as for `tick`, like state and knobs; the cache has room for N rows.
+    state: see model.
     knobs: see model.
-    rows: int32 [B, R, S], token ids and holes.
-    count: int32 [B], 0 to R.
-    reading: see model.
+    limits: how far each session goes.
+    given: int32 [B, N, S], as for `tick`, row by row.
+    reading: bool [B, N], likewise.
 
   Returns:
-    The next state.
+    The next state; what was proposed after each row, int32 [B, N, S], `NOT_FED` for rows that a
+    session was not fed.
   """
-  return _on_chips(_fed, model, state, None, knobs, rows, count, reading)
+
+  def go_on(carry):
+    n, _, limits, _ = carry
+    going = (limits.rows > 0).any().astype(jnp.int32)
+    return (n < given.shape[1]) & (sharding.highest(going, "batch") > 0)
+
+  def row(model, carry, knobs, given, reading):
+    n, state, limits, told = carry
+    of_row = lambda x: jax.lax.dynamic_index_in_dim(x, n, 1, keepdims=False)
+    active, given = limits.rows > 0, of_row(given)
+    tokens = jnp.where(given == FREE, state.proposal, given)
+    past = state.past
+    state, _ = _tick(model, state, knobs, given, active, of_row(reading))
+    after = limits.after(tokens, past, state.past)
+    finite = (state.proposal != NOT_FINITE).all(1)
+    after = dataclasses.replace(after, rows=jnp.where(finite, after.rows, 0))
+    limits = jax.tree.map(functools.partial(_where_session, active), after, limits)
+    proposed = jnp.where(active[:, None], state.proposal, NOT_FED)
+    return n + 1, state, limits, jax.lax.dynamic_update_index_in_dim(told, proposed, n, 1)
+
+  def rows(model, state, knobs, limits, given, reading):
+    begin = jnp.int32(0), state, limits, jnp.full_like(given, NOT_FED)
+    each = lambda carry: row(model, carry, knobs, given, reading)
+    _, state, _, told = jax.lax.while_loop(go_on, each, begin)
+    return state, told
+
+  by_session, of_state = sharding.spec("batch"), specs(model, state)
+  return sharding.on_chips(
+    rows,
+    in_specs=(axes.specs(model), of_state, _knob_specs(knobs), *[by_session] * 3),
+    out_specs=(of_state, by_session),
+  )(model, state, knobs, limits, given, reading)
 
 
-def _fed(model, state, knobs, rows, count, reading):
-  """Feeds `count` of rows [B, R, S], and draws what follows the last."""
-  hidden, cache = feed(model, state.cache, rows, count)
-  last = jnp.maximum(count - 1, 0)[:, None]
-  of_last = lambda x: jnp.take_along_axis(x, last.reshape(-1, *[1] * (x.ndim - 1)), 1)[:, 0]
-  tokens, hidden = of_last(rows), of_last(hidden)
-  past = _with_rows(state.past, rows, count, model.trunk.streams, knobs.since.max(-1))
-  logits = model.logits(hidden, tokens)
-  keys = jax.vmap(jax.random.fold_in)(state.keys, past.rows)
+def _tick(model, state, knobs, given, active, reading, looks=0):
+  tokens = jnp.where(given == FREE, state.proposal, given)
+  count = active.astype(jnp.int32)
+  if looks:
+    hidden, cache, attention = feed_and_look(model, state.cache, tokens[:, None], count)
+  else:
+    hidden, cache = feed(model, state.cache, tokens[:, None], count)
+  since = knobs.since.max(-1)
+  past = _with_rows(state.past, tokens[:, None], count, model.trunk.streams, since)
+  logits = model.logits(hidden[:, 0], tokens)
+  proposal = _proposed(model, logits, tokens, knobs, past, reading, state.keys)
+  state = State(cache, past, _where_session(active, proposal, state.proposal), state.keys)
+  return state, look(logits, attention, looks) if looks else None
+
+
+def _proposed(model, logits, tokens, knobs, past, reading, keys):
+  """What comes after rows [B, S] with these logits, int32 [B, S]."""
+  keys = jax.vmap(jax.random.fold_in)(keys, past.rows)
   silence = model.trunk.streams.silence_id
   drawn = sample(logits, knobs, past, reading, silence, keys)
   top = logits.max(-1)
   top = jnp.where(jnp.isnan(top), jnp.inf, top)  # for the highest of chips may leave out a NaN
   drawn = jnp.where(jnp.isfinite(sharding.highest(top, "vocab")), drawn, NOT_FINITE)
-  drawn = jnp.where(tokens == HOLE, silence, drawn)
-  proposal = jnp.where((count > 0)[:, None], drawn, state.proposal)
-  return State(cache, past, proposal, state.keys)
+  return jnp.where(tokens == HOLE, silence, drawn)
+
+
+@functools.partial(jax.jit, donate_argnames="state")
+def prefill(
+  model: Prepared, state: State, rows: jax.Array, count: jax.Array, since: jax.Array
+) -> State:
+  """Feeds the first `count` of R rows at once to sessions that every chip has; proposes nothing.
+
+  Args:
+    model: as for `tick`.
+    state: made with axis None; donated; its cache has room for R rows.
+    rows: int32 [B, R, S], token ids and holes.
+    count: int32 [B], 0 to R.
+    since: int32 [B], row of the session from which on inputs are heard.
+
+  Returns:
+    The next state, whose proposal is still the same.
+  """
+
+  def fed(model, state, rows, count, since):
+    _, cache = feed(model, state.cache, rows, count)
+    past = _with_rows(state.past, rows, count, model.trunk.streams, since)
+    return dataclasses.replace(state, cache=cache, past=past)
+
+  everywhere, of_state = sharding.spec(), specs(model, state, None)
+  return sharding.on_chips(
+    fed,
+    in_specs=(axes.specs(model), of_state, everywhere, everywhere, everywhere),
+    out_specs=of_state,
+  )(model, state, rows, count, since)
 
 
 def _with_rows(past, rows, count, streams, since):
@@ -150,27 +224,24 @@ def _with_rows(past, rows, count, streams, since):
 
   def step(past, row_and_index):
     row, index = row_and_index
-    after = past.with_row(row, streams, since)
-    counts = index < count
-    keep = lambda new, old: jnp.where(counts.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-    return jax.tree.map(keep, after, past), None
+    keep = functools.partial(_where_session, index < count)
+    return jax.tree.map(keep, past.with_row(row, streams, since), past), None
 
   indices = jnp.arange(rows.shape[1])
   return jax.lax.scan(step, past, (jnp.swapaxes(rows, 0, 1), indices))[0]
 
 
-def _on_chips(f, model, state, axis, knobs, *of_sessions):
-  """Runs `f(model, state, knobs, ...)`, of whose arrays each chip has its own sessions'."""
-  by_session, of_state = sharding.spec(axis), specs(model, state, axis)
-  of_knobs = jax.tree.map(lambda _: by_session, knobs)
-  return sharding.on_chips(
-    f,
-    in_specs=(axes.specs(model), of_state, of_knobs, *(by_session for _ in of_sessions)),
-    out_specs=of_state,
-  )(model, state, knobs, *of_sessions)
+def _where_session(here, new, old):
+  """Takes what is new of the sessions bool [B]."""
+  return jnp.where(here.reshape(-1, *[1] * (old.ndim - 1)), new, old)
 
 
-# A session comes.
+def _knob_specs(knobs):
+  of_knobs = jax.tree.map(lambda _: sharding.spec("batch"), knobs)
+  return dataclasses.replace(of_knobs, allowed=sharding.spec("batch", None, "vocab"))
+
+
+# A session comes, or goes.
 
 
 @functools.partial(jax.jit, donate_argnames="state")
@@ -184,7 +255,7 @@ def begin(model: Prepared, state: State, session: jax.Array, key: jax.Array) -> 
     key: its PRNG key, [].
   """
   here = jnp.arange(len(state.proposal)) == session
-  pick = lambda new, old: jnp.where(here.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+  pick = functools.partial(_where_session, here)
   streams, past = model.trunk.streams, state.past
   return State(
     dataclasses.replace(state.cache, row=pick(0, state.cache.row)),
@@ -206,9 +277,7 @@ def put(model: Prepared, state: State, one: State, session: jax.Array) -> State:
   """
 
   def write(state, one, session):
-    own = session - sharding.index("batch") * len(state.proposal)
-    here = (own >= 0) & (own < len(state.proposal))
-    at = jnp.clip(own, 0, len(state.proposal) - 1)
+    here, at = _own_place(session, len(state.proposal))
 
     def into(many, single, axis):
       start = [at if i == axis else 0 for i in range(many.ndim)]
@@ -222,6 +291,43 @@ def put(model: Prepared, state: State, one: State, session: jax.Array) -> State:
     in_specs=(specs(model, state), specs(model, one, None), sharding.spec()),
     out_specs=specs(model, state),
   )(state, one, session)
+
+
+@jax.jit
+def take(model: Prepared, state: State, session: jax.Array) -> State:
+  """Copies one session out of many, to every chip; see `put`.
+
+  Args:
+    model: prepared, on the mesh in use.
+    state: of many.
+    session: int32 [], which of them.
+  """
+
+  def read(state, session):
+    here, at = _own_place(session, len(state.proposal))
+
+    def out_of(many, _, axis):
+      own = jax.lax.dynamic_slice_in_dim(many, at, 1, axis)
+      if own.dtype == bool:
+        return sharding.highest((own & here).astype(jnp.uint32), "batch") > 0
+      uint = {2: jnp.uint16, 4: jnp.uint32}[own.dtype.itemsize]
+      bits = jax.lax.bitcast_convert_type(own, uint).astype(jnp.uint32)
+      bits = sharding.highest(jnp.where(here, bits, 0), "batch")
+      return jax.lax.bitcast_convert_type(bits.astype(uint), own.dtype)
+
+    return _by_session(out_of, model, state, state)
+
+  return sharding.on_chips(
+    read,
+    in_specs=(specs(model, state), sharding.spec()),
+    out_specs=specs(model, state, None),
+  )(state, session)
+
+
+def _own_place(session: jax.Array, places: int) -> tuple[jax.Array, jax.Array]:
+  """Whether a session is among the chip's own, and where; if not, somewhere."""
+  own = session - sharding.index("batch") * places
+  return (own >= 0) & (own < places), jnp.clip(own, 0, places - 1)
 
 
 def _by_session(f: Any, model: Prepared, state: State, one: State) -> State:
