@@ -22,6 +22,11 @@ from msjax.errors import InputError
     (Policy(logit_bias={20: 1.0}), "logit_bias: 1.0 for token 20; expected .* tokens 0 to 19"),
     (Policy(silence=Silence(ramp=0)), "silence.ramp: 0; expected 1 row or more"),
     (Policy(silence=Silence(duty=1.5)), "silence.duty: 1.5; expected 0 to 1"),
+    (Policy(silence=Silence(since=-1)), "silence.since: -1; expected row 0 or later"),
+    (
+      Policy(silence=Silence(shares=(0.5, 2.0))),
+      r"silence.shares: \(0.5, 2.0\); expected 0 to 1 each",
+    ),
     (
       Policy(silence=Silence(shortest=5, longest=3)),
       r"silence.shortest: 5 rows; expected at most silence.longest \(3\)",
@@ -35,18 +40,19 @@ def test_what_is_out_of_range_is_refused(policy, message):
 
 
 def test_every_field_finds_its_place():
-  silence = Silence(1.0, 2, True, True, 3, 4, 0.5)
+  silence = Silence(1.0, 2, True, True, 3, 4, 0.5, 6, (0.5, 0.25, 1.0))
   odd = Policy(0.1, 5, 0.6, 0.7, 1.8, 0.9, {3: 1.0, 1: 2.0, 2: -1.0}, silence, True)
   knobs = Knobs.of([[Policy(), odd], [odd, Policy()]])
   fields = "temperature top_k top_p min_p repetition_penalty presence_penalty ablated"
   for name in fields.split():
     one, other = getattr(Policy(), name), getattr(odd, name)
     np.testing.assert_allclose(getattr(knobs, name), [[one, other], [other, one]], rtol=1e-6)
-  for name in ["penalty", "ramp", "lead", "while_read", "shortest", "longest", "duty"]:
+  for name in ["penalty", "ramp", "lead", "while_read", "shortest", "longest", "duty", "since"]:
     one, other = getattr(Silence(), name), getattr(silence, name)
     np.testing.assert_array_equal(getattr(knobs, name), [[one, other], [other, one]])
   assert knobs.bias_ids[0].tolist() == [[-1] * 4, [1, 2, 3, -1]]
   assert knobs.bias[0].tolist() == [[0] * 4, [2, -1, 1, 0]]
+  assert knobs.shares[0].tolist() == [[-1] * 16, [0.5, 0.25] + [1] * 14]
 
 
 # Words of a command.

@@ -290,6 +290,26 @@ def test_the_official_rule_of_silence(users, live, during_talk):
   np.testing.assert_allclose(measured, expected, atol=0.05)
 
 
+def test_shares_of_a_penalty_go_by_row_whatever_inputs_say():
+  silence = Silence(penalty=10.0, ramp=3, lead=True, since=2, shares=(0.5, 0.25, 1.0))
+  measured = penalties(silence, [1, 0, 1, 1, 0, 0], foresees=True)
+  np.testing.assert_allclose(measured, [0, 5, 2.5, 10, 10, 10], atol=0.05)
+  others = [[Policy(silence=silence), Policy(silence=Silence(penalty=10.0))]]
+  past = past_of([[1, SILENCE], [SILENCE, SILENCE], [SILENCE, SILENCE]], 0)
+  for low, speaks in ((0.5, 1), (-0.5, 0)):  # 2.5 are taken of one, 10 of the other
+    logits = np.array([[[0, low - 2.5], [0, low - 10]]], np.float32)
+    tokens = draw(logits, others, past=past, silence_id=0)
+    np.testing.assert_array_equal(tokens, [[speaks, speaks]])
+
+
+def test_inputs_are_heard_from_a_row_on():
+  past, counts = Past.empty(1, STREAMS, 0), []
+  for token in (1, SILENCE, SILENCE, 1, SILENCE):
+    past = past.with_row(np.array([[token, SILENCE]], np.int32), STREAMS, np.array([2]))
+    counts.append([int(past.listened[0]), int(past.quiet[0]), int(past.quiet_in_all[0])])
+  assert counts == [[-1, -1, -1]] * 3 + [[1, 0, 0], [2, 1, 1]]
+
+
 def test_streams_fall_silent_for_some_rows_and_not_for_ever():
   """Against a loop, row by row, of a stream that would speak at random."""
   rng = np.random.default_rng(0)

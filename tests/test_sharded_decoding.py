@@ -10,9 +10,10 @@ import pytest
 from eight_devices import mesh, on_eight_devices
 
 from msjax.config import Config, ModelConfig
+from msjax.decoding import aligned
 from msjax.decoding.engine import Engine, fill
 from msjax.decoding.policy import Policy
-from msjax.decoding.prepared import prepare
+from msjax.decoding.prepared import Unrolled, prepare
 from msjax.decoding.stop import Stop
 from msjax.decoding.tick import FREE
 from msjax.errors import RunError
@@ -185,3 +186,22 @@ def refusal(sizes, token):
 def test_logits_that_are_not_finite_on_one_chip_are_told(token):
   message = on_eight_devices(refusal, {"model": 8}, token)
   assert message == "session 0, row 1: logits are not finite; are the parameters?"
+
+
+def answer(sizes):
+  """What two assistants draw side by side."""
+  learner = Learner(CONFIG, CONFIG.stream_set(5), VOCAB)
+  opening = {"user": [1, 2], "think": [3], "output": [4, 5, 6, 7]}
+  options = aligned.Options(
+    9, temperature=1.5, top_k=9, top_p=0.9, min_p=0.02, presence_penalty=1.0
+  )
+  with jax.set_mesh(mesh(**sizes)) if sizes else contextlib.nullcontext():
+    params = learner.begun_with(random_params(learner)).params
+    model = Unrolled.of(learner.model(params))
+    return aligned.answer(model, opening, [8, 9, 10, 11], VOCAB - 1, options)
+
+
+def test_an_aligned_answer_is_that_of_one_device():
+  expected = on_eight_devices(answer, {})
+  assert len(set(expected["think"])) > 3
+  assert on_eight_devices(answer, {"model": 4, "fsdp": 2}) == expected

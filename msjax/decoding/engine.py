@@ -231,6 +231,10 @@ class Engine:
     self._let_go()
     return fed
 
+  def proposed(self, session: Session) -> np.ndarray:
+    """What the model would write in the next row of a session that has a place, int32 [S]."""
+    return self._told[session.place].copy()
+
   def _let_go(self) -> None:
     """Frees the places of sessions that have ended."""
     for place, session in enumerate(self._places):
@@ -468,7 +472,9 @@ class _Reader:
     rows = np.zeros((1, self._at_once, block.shape[1]), np.int32)
     rows[0, : len(block)] = block
     count = np.array([len(block)], np.int32)
-    self.state = tick_lib.prefill(self.model, self.state, rows, count)
+    since = max(policy.silence.since for policy in self.session.setting.policies)
+    since = np.array([since], np.int32)
+    self.state = tick_lib.prefill(self.model, self.state, rows, count, since)
 
 
 def fill(engine: Engine, grid: np.ndarray, policy: Policy = _GREEDY, seed: int = 0) -> np.ndarray:

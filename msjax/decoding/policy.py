@@ -3,7 +3,7 @@ stream is silent."""
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,9 @@ class Silence:
     shortest: rows; who falls silent stays so as long.
     longest: rows; who was silent as long has to speak. 0: no limit.
     duty: the share of a session's rows in which a stream may speak at most.
+    since: row of the session from which on inputs are heard; of several streams' the latest holds.
+    shares: of the penalty, that count in the rows from `since` on, whatever inputs say, the last of
+      them in all that follow. Empty: as the ramp has it.
   """
 
   penalty: float = 0.0
@@ -38,6 +41,8 @@ class Silence:
   shortest: int = 0
   longest: int = 0
   duty: float = 1.0
+  since: int = 0
+  shares: tuple[float, ...] = ()
 
 
 # Which tokens may come after those that a stream has had, silence among both: bool [V], or None for
@@ -96,6 +101,8 @@ class Policy:
       ("silence.shortest", s.shortest, s.shortest >= 0, "0 rows or more"),
       ("silence.longest", s.longest, s.longest >= 0, "0 (no limit) or more rows"),
       ("silence.duty", s.duty, 0 <= s.duty <= 1, "0 to 1"),
+      ("silence.since", s.since, s.since >= 0, "row 0 or later"),
+      ("silence.shares", s.shares, all(0 <= share <= 1 for share in s.shares), "0 to 1 each"),
     ):
       if not ok:
         raise InputError(f"{where}: {name}: {value}; expected {expected}")
@@ -146,7 +153,8 @@ class Policy:
   def from_json(cls, data: Mapping[str, Any]) -> "Policy":
     """Reads what `to_json` made, after it has been through JSON."""
     bias = {int(id): value for id, value in data["logit_bias"].items()}
-    return cls(**{**data, "silence": Silence(**data["silence"]), "logit_bias": bias})
+    silence = {**data["silence"], "shares": tuple(data["silence"]["shares"])}
+    return cls(**{**data, "silence": Silence(**silence), "logit_bias": bias})
 
 
 def _settable(cls: type) -> dict[str, Any]:
@@ -188,6 +196,8 @@ def by_stream(words: Sequence[str], names: Sequence[str], base: Policy = Policy(
   return found
 
 
+_LEAST_SHARES = 16  # so that short texts share a program
+
 # The official release's: its Section 7 model, text known beforehand and live.
 OFFICIAL_SCRIPTED = Silence(penalty=10.0, ramp=5, lead=True)
 OFFICIAL_LIVE = Silence(penalty=10.0, ramp=5)
@@ -198,8 +208,9 @@ OFFICIAL_LIVE = Silence(penalty=10.0, ramp=5)
 class Knobs:
   """The policies of all sessions and streams as arrays [B, S], for the devices.
 
-  Attributes are those of `Policy` and `Silence`; `bias_ids` and `bias` are [B, S, n], unused
-  places have id -1; `allowed` is bool [B, S, V] by the grammars, or [B, S, 0] where there are none.
+  Attributes are those of `Policy` and `Silence`; `bias_ids`, `bias` and `shares` are [B, S, n],
+  unused places have id or share -1; `allowed` is bool [B, S, V] by the grammars, or [B, S, 0] where
+  there are none.
   """
 
   temperature: Any
@@ -218,6 +229,8 @@ class Knobs:
   shortest: Any
   longest: Any
   duty: Any
+  since: Any
+  shares: Any
   allowed: Any
 
   @classmethod
@@ -247,14 +260,15 @@ class Knobs:
       shortest=of_silence("shortest", np.int32),
       longest=of_silence("longest", np.int32),
       duty=of_silence("duty", np.float32),
+      since=of_silence("since", np.int32),
+      shares=_shares(policies),
       allowed=np.ones((*ids.shape[:2], 0), bool),
     )
 
 
 def _biases(policies: Sequence[Sequence[Policy]]) -> tuple[np.ndarray, np.ndarray]:
   """Token ids int32 [B, S, n] and what is added float32 [B, S, n]; n a power of two or 0."""
-  most = max((len(p.logit_bias) for of_session in policies for p in of_session), default=0)
-  n = 1 << (most - 1).bit_length() if most else 0
+  n = _room(len(p.logit_bias) for of_session in policies for p in of_session)
   shape = len(policies), len(policies[0]), n
   ids, bias = np.full(shape, -1, np.int32), np.zeros(shape, np.float32)
   for b, of_session in enumerate(policies):
@@ -262,3 +276,21 @@ def _biases(policies: Sequence[Sequence[Policy]]) -> tuple[np.ndarray, np.ndarra
       for i, (token, value) in enumerate(sorted(policy.logit_bias.items())):
         ids[b, s, i], bias[b, s, i] = token, value
   return ids, bias
+
+
+def _shares(policies: Sequence[Sequence[Policy]]) -> np.ndarray:
+  """Shares of silence penalties, float32 [B, S, n], the last repeated; n a power of two or 0."""
+  n = _room(len(p.silence.shares) for of_session in policies for p in of_session)
+  n = max(n, _LEAST_SHARES) if n else 0
+  shares = np.full((len(policies), len(policies[0]), n), -1, np.float32)
+  for b, of_session in enumerate(policies):
+    for s, policy in enumerate(of_session):
+      if given := policy.silence.shares:
+        shares[b, s] = np.pad(given, (0, n - len(given)), mode="edge")
+  return shares
+
+
+def _room(lengths: Iterable[int]) -> int:
+  """The next power of two from the greatest length on, so that a few programs serve all; or 0."""
+  most = max(lengths, default=0)
+  return 1 << (most - 1).bit_length() if most else 0

@@ -56,10 +56,10 @@ class Past:
       had=jnp.zeros((sessions, S, vocab_size), bool),
     )
 
-  def with_row(self, tokens: jax.Array, streams: Streams) -> "Past":
-    """What it is after a row int32 [B, S]."""
+  def with_row(self, tokens: jax.Array, streams: Streams, since: jax.Array | int = 0) -> "Past":
+    """What it is after a row int32 [B, S]; what inputs say before row `since` [B] is not heard."""
     silent = (tokens == streams.silence_id) | (tokens == HOLE)
-    heard = (~silent[:, list(streams.of_kind("input"))]).any(1)
+    heard = (~silent[:, list(streams.of_kind("input"))]).any(1) & (self.rows >= since)
     begun = heard | (self.listened > _NEVER)
     V = self.had.shape[-1]
     own = tokens - sharding.index("vocab") * V
@@ -141,7 +141,12 @@ def _silence_penalty(knobs: Knobs, past: Past, reading: jax.Array) -> jax.Array:
   while_read = jnp.where(knobs.while_read, of_session(jnp.maximum(past.listened, 0)) + 1, 0)
   rows = jnp.where(foreseen, while_read, quiet + knobs.lead)
   begun = of_session(past.listened > _NEVER) | foreseen
-  return jnp.where(begun, knobs.penalty * jnp.minimum(rows / knobs.ramp, 1.0), 0.0)
+  share = jnp.where(begun, jnp.minimum(rows / knobs.ramp, 1.0), 0.0)
+  if n := knobs.shares.shape[-1]:
+    row = of_session(past.rows) - knobs.since
+    given = jnp.take_along_axis(knobs.shares, jnp.clip(row, 0, n - 1)[..., None], -1)[..., 0]
+    share = jnp.where(given < 0, share, jnp.where(row < 0, 0.0, given))
+  return knobs.penalty * share
 
 
 def _must_be_silent(knobs: Knobs, past: Past) -> jax.Array:

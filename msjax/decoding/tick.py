@@ -170,7 +170,8 @@ def _tick(model, state, knobs, given, active, reading, looks=0):
     hidden, cache, attention = feed_and_look(model, state.cache, tokens[:, None], count)
   else:
     hidden, cache = feed(model, state.cache, tokens[:, None], count)
-  past = _with_rows(state.past, tokens[:, None], count, model.trunk.streams)
+  since = knobs.since.max(-1)
+  past = _with_rows(state.past, tokens[:, None], count, model.trunk.streams, since)
   logits = model.logits(hidden[:, 0], tokens)
   proposal = _proposed(model, logits, tokens, knobs, past, reading, state.keys)
   state = State(cache, past, _where_session(active, proposal, state.proposal), state.keys)
@@ -189,7 +190,9 @@ def _proposed(model, logits, tokens, knobs, past, reading, keys):
 
 
 @functools.partial(jax.jit, donate_argnames="state")
-def prefill(model: Prepared, state: State, rows: jax.Array, count: jax.Array) -> State:
+def prefill(
+  model: Prepared, state: State, rows: jax.Array, count: jax.Array, since: jax.Array
+) -> State:
   """Feeds the first `count` of R rows at once to sessions that every chip has; proposes nothing.
 
   Args:
@@ -197,31 +200,32 @@ def prefill(model: Prepared, state: State, rows: jax.Array, count: jax.Array) ->
     state: made with axis None; donated; its cache has room for R rows.
     rows: int32 [B, R, S], token ids and holes.
     count: int32 [B], 0 to R.
+    since: int32 [B], row of the session from which on inputs are heard.
 
   Returns:
     The next state, whose proposal is still the same.
   """
 
-  def fed(model, state, rows, count):
+  def fed(model, state, rows, count, since):
     _, cache = feed(model, state.cache, rows, count)
-    past = _with_rows(state.past, rows, count, model.trunk.streams)
+    past = _with_rows(state.past, rows, count, model.trunk.streams, since)
     return dataclasses.replace(state, cache=cache, past=past)
 
   everywhere, of_state = sharding.spec(), specs(model, state, None)
   return sharding.on_chips(
     fed,
-    in_specs=(axes.specs(model), of_state, everywhere, everywhere),
+    in_specs=(axes.specs(model), of_state, everywhere, everywhere, everywhere),
     out_specs=of_state,
-  )(model, state, rows, count)
+  )(model, state, rows, count, since)
 
 
-def _with_rows(past, rows, count, streams):
-  """The past after the rows that count."""
+def _with_rows(past, rows, count, streams, since):
+  """The past after the rows that count; see `Past.with_row`."""
 
   def step(past, row_and_index):
     row, index = row_and_index
     keep = functools.partial(_where_session, index < count)
-    return jax.tree.map(keep, past.with_row(row, streams), past), None
+    return jax.tree.map(keep, past.with_row(row, streams, since), past), None
 
   indices = jnp.arange(rows.shape[1])
   return jax.lax.scan(step, past, (jnp.swapaxes(rows, 0, 1), indices))[0]
