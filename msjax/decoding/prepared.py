@@ -16,8 +16,8 @@ from msjax.kernels import api, tpu_decode, xla
 from msjax.kernels.lanes import LANES
 from msjax.kernels.rotary import Turn
 from msjax.models import axes
-from msjax.models.transformer import Block, Transformer, read_out
-from msjax.streams import Visibility
+from msjax.models.transformer import Block, Transformer
+from msjax.streams import HOLE, Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,14 @@ class Prepared(abc.ABC):
 
   def logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
     """As `Transformer.logits`, for the chip's tokens; -inf where there is none."""
+    # Holes are blanked here and not in the logits, of which each pass costs as much as it reads.
+    hidden = jnp.where((tokens != HOLE)[..., None], hidden, 0)
+    logits = jnp.matmul(hidden, self.columns, preferred_element_type=jnp.float32)
     columns = self.columns.shape[1]
+    if columns * sharding.size("vocab") == self.vocab_size:
+      return logits
     ids = sharding.index("vocab") * columns + jnp.arange(columns)
-    return jnp.where(ids < self.vocab_size, read_out(hidden, self.columns, tokens), -jnp.inf)
+    return jnp.where(ids < self.vocab_size, logits, -jnp.inf)
 
   def room(self, batch: int, rows: int, sessions: str | None = "batch") -> Cache:
     """Returns an empty cache for `rows` rows of `batch` sessions, or a few more; cut as of

@@ -4,6 +4,7 @@ Each chip has the logits of its own tokens; of these only the few best are sorte
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,11 +12,14 @@ import jax.numpy as jnp
 
 from msjax import sharding
 from msjax.decoding.policy import Knobs
+from msjax.kernels import api
 from msjax.streams import HOLE, Streams
 
+NOT_FINITE = -3  # instead of a token: none is the likeliest
 _NEVER = -1  # a count that has not begun
 _LOWEST = jnp.iinfo(jnp.int32).min
 _BEST = 128  # tokens that are looked at first
+_SEARCHED = 1024  # tokens among which the likeliest is searched for, at most
 
 
 @jax.tree_util.register_dataclass
@@ -98,16 +102,17 @@ def sample(
     keys: one PRNG key a session and row, [B]; every stream draws from a key of its own.
 
   Returns:
-    int32 [B, S].
+    int32 [B, S]; `NOT_FINITE` where the logits are not.
   """
   ids = sharding.index("vocab") * logits.shape[-1] + jnp.arange(logits.shape[-1], dtype=jnp.int32)
-  silence = ids == silence_id
   logits = _weighed(logits, knobs, past, ids)
-  logits = logits - jnp.where(silence, _silence_penalty(knobs, past, reading)[..., None], 0.0)
   must_speak = (knobs.longest > 0) & (past.silent >= knobs.longest)
-  logits = jnp.where(silence & must_speak[..., None], -jnp.inf, logits)
-  drawn = _drawn(logits, knobs, ids, keys)
-  return jnp.where(_must_be_silent(knobs, past), silence_id, drawn)
+  less = jnp.where(must_speak, jnp.inf, _silence_penalty(knobs, past, reading))
+  logits = _lowered(logits, silence_id - ids[0], less)
+  top = _highest(logits)
+  drawn = _drawn(logits, top, knobs, ids, keys)
+  drawn = jnp.where(_must_be_silent(knobs, past), silence_id, drawn)
+  return jnp.where(jnp.isfinite(top), drawn, NOT_FINITE)
 
 
 def _weighed(logits: jax.Array, knobs: Knobs, past: Past, ids: jax.Array) -> jax.Array:
@@ -124,6 +129,14 @@ def _weighed(logits: jax.Array, knobs: Knobs, past: Past, ids: jax.Array) -> jax
     repeated = repeated - knobs.presence_penalty[..., None]
     logits = jnp.where(past.had, repeated, logits)
   return logits
+
+
+def _lowered(logits: jax.Array, place: jax.Array, less: jax.Array) -> jax.Array:
+  """Takes `less` [B, S] from the logits in one place, if the chip has it; the rest is not read."""
+  at = jnp.clip(place, 0, logits.shape[-1] - 1)
+  old = jax.lax.dynamic_slice_in_dim(logits, at, 1, -1)
+  new = jnp.where(place == at, old - less[..., None], old)
+  return jax.lax.dynamic_update_slice_in_dim(logits, new, at, -1)
 
 
 def _silence_penalty(knobs: Knobs, past: Past, reading: jax.Array) -> jax.Array:
@@ -146,8 +159,10 @@ def _must_be_silent(knobs: Knobs, past: Past) -> jax.Array:
   return knobs.ablated | unfinished | ((knobs.duty < 1) & worn)
 
 
-def _drawn(logits: jax.Array, knobs: Knobs, ids: jax.Array, keys: jax.Array) -> jax.Array:
-  """Cuts off, draws."""
+def _drawn(
+  logits: jax.Array, top: jax.Array, knobs: Knobs, ids: jax.Array, keys: jax.Array
+) -> jax.Array:
+  """Cuts off, draws; `top` [B, S] are the highest logits."""
   hot = knobs.temperature > 0
   cuts = hot & ((knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0))
 
@@ -159,9 +174,11 @@ def _drawn(logits: jax.Array, knobs: Knobs, ids: jax.Array, keys: jax.Array) -> 
     drawn = jnp.where(scores >= least[..., None], scores + noise, -jnp.inf)
     return jnp.where(hot[..., None], drawn, logits)
 
-  return jax.lax.cond(
-    _anywhere(hot), lambda: _likeliest(noised(), ids), lambda: _likeliest(logits, ids)
-  )
+  def hottest():
+    scores = noised()
+    return _likeliest(scores, _highest(scores), ids)
+
+  return jax.lax.cond(_anywhere(hot), hottest, lambda: _likeliest(logits, top, ids))
 
 
 def _anywhere(asked: jax.Array) -> jax.Array:
@@ -169,13 +186,35 @@ def _anywhere(asked: jax.Array) -> jax.Array:
   return sharding.highest(asked.any().astype(jnp.int32), "batch") > 0
 
 
-def _likeliest(scores: jax.Array, ids: jax.Array) -> jax.Array:
-  """The token of the highest score, the first of equals; int32 [B, S]."""
-  top = sharding.highest(scores.max(-1), "vocab")
-  # What argmax gives, which on CPU is a scalar loop and takes eight times as long.
-  lowest = jnp.where(scores < top[..., None], jnp.iinfo(jnp.int32).max, ids).min(-1)
+def _highest(scores: jax.Array) -> jax.Array:
+  """The highest score of all chips' tokens [B, S]; inf where one is NaN, which the highest of chips
+  may leave out."""
+  top = scores.max(-1)
+  return sharding.highest(jnp.where(jnp.isnan(top), jnp.inf, top), "vocab")
+
+
+def _likeliest(scores: jax.Array, top: jax.Array, ids: jax.Array) -> jax.Array:
+  """The token whose score is the highest, `top`, the first of equals; int32 [B, S]."""
+  V = scores.shape[-1]
+  place = (_first_in_blocks if api.platform() == "cpu" else _first)(scores, top)
+  lowest = jnp.where(place < V, ids[0] + place, jnp.iinfo(jnp.int32).max)
   # Else XLA takes this out of the branches that end with it, which then hand over all scores.
   return jax.lax.optimization_barrier(-sharding.highest(-lowest, "vocab"))
+
+
+def _first(scores: jax.Array, top: jax.Array) -> jax.Array:
+  """Where in the last axis `top` is reached first; its length if nowhere."""
+  V = scores.shape[-1]
+  return jnp.where(scores >= top[..., None], jnp.arange(V, dtype=jnp.int32), V).min(-1)
+
+
+def _first_in_blocks(scores: jax.Array, top: jax.Array) -> jax.Array:
+  """As `_first`, which on CPU is a scalar loop, like argmax: ten times as long as a maximum."""
+  n = math.gcd(scores.shape[-1], _SEARCHED)
+  blocks = scores.reshape(*scores.shape[:-1], -1, n)
+  block = jnp.minimum(_first(blocks.max(-1), top), blocks.shape[-2] - 1)
+  in_block = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]
+  return block * n + _first(in_block, top)
 
 
 def _least(scores: jax.Array, knobs: Knobs) -> jax.Array:

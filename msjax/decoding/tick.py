@@ -11,12 +11,11 @@ from msjax import sharding
 from msjax.decoding.cache import Cache
 from msjax.decoding.policy import Knobs
 from msjax.decoding.prepared import Prepared, feed
-from msjax.decoding.sampling import Past, sample
+from msjax.decoding.sampling import NOT_FINITE, Past, sample
 from msjax.models import axes
 from msjax.streams import HOLE
 
 FREE = -2  # in a row that is given: let the model write this cell
-NOT_FINITE = -3  # in a proposal: there is no likeliest token
 
 
 @jax.tree_util.register_dataclass
@@ -137,9 +136,6 @@ def _fed(model, state, knobs, rows, count, reading):
   keys = jax.vmap(jax.random.fold_in)(state.keys, past.rows)
   silence = model.trunk.streams.silence_id
   drawn = sample(logits, knobs, past, reading, silence, keys)
-  top = logits.max(-1)
-  top = jnp.where(jnp.isnan(top), jnp.inf, top)  # for the highest of chips may leave out a NaN
-  drawn = jnp.where(jnp.isfinite(sharding.highest(top, "vocab")), drawn, NOT_FINITE)
   drawn = jnp.where(tokens == HOLE, silence, drawn)
   proposal = jnp.where((count > 0)[:, None], drawn, state.proposal)
   return State(cache, past, proposal, state.keys)
