@@ -59,20 +59,21 @@ class Prepared(abc.ABC):
     M = -(-rows * len(self.trunk.streams) // self.key_block) * self.key_block
 
     def empty():
-      k, v = self._zeros(batch, M), self._zeros(batch, M)
-      return Cache(k, v, jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32))
+      key_ok, row = jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32)
+      return Cache(*self._zeros(batch, M), key_ok, row, self._key_axis)
 
     return sharding.made(empty, self.cache_specs(jax.eval_shape(empty), sessions))()
 
   def cache_specs(self, cache: Cache, sessions: str | None = "batch") -> Cache:
     """How the arrays of a cache of this model are cut: by sessions (None: not) and heads."""
     k, v = jax.tree.map(lambda _: self._key_spec(sessions), (cache.k, cache.v))
-    return Cache(k, v, sharding.spec(sessions), sharding.spec(sessions))
+    of_sessions = sharding.spec(sessions)
+    return dataclasses.replace(cache, k=k, v=v, key_ok=of_sessions, row=of_sessions)
 
   def cache_session_axes(self, cache: Cache) -> Cache:
     """Which axis of each array of a cache is that of sessions."""
     k, v = jax.tree.map(lambda _: self._session_axis, (cache.k, cache.v))
-    return Cache(k, v, 0, 0)
+    return dataclasses.replace(cache, k=k, v=v, key_ok=0, row=0)
 
   @property
   @abc.abstractmethod
@@ -98,9 +99,14 @@ class Prepared(abc.ABC):
   def _key_spec(self, sessions: str | None) -> jax.P:
     """How each array of keys or values of a cache is cut."""
 
+  @property
   @abc.abstractmethod
-  def _zeros(self, batch: int, M: int) -> Any:
-    """Keys or values of an empty cache."""
+  def _key_axis(self) -> int:
+    """Which axis of keys of a cache is that of cells."""
+
+  @abc.abstractmethod
+  def _zeros(self, batch: int, M: int) -> tuple[Any, Any]:
+    """Keys and values of an empty cache."""
 
   def _at(self, cache: Cache) -> jax.Array:
     """Where the row goes in each session, int32 [B]."""
@@ -113,7 +119,8 @@ class Unrolled(Prepared):
   """One layer after another, each with arrays of its own: for CPU and GPU.
 
   On CPU a scan over stacked layers copies every slice, which takes three to five times as long as
-  the pass itself. The cache of a layer is [B, K, M, H]: a head's keys lie together.
+  the pass itself. The cache of a layer is [B, K, H, M] for keys and [B, K, M, H] for values: as
+  products with them want it.
   """
 
   layers: tuple[Block, ...]
@@ -137,15 +144,17 @@ class Unrolled(Prepared):
       x = block(x, attend, sharding.CELLS_WHOLE)
     return x, tuple(k_cache), tuple(v_cache)
 
-  _session_axis = 0
+  _session_axis, _key_axis = 0, 3
 
   def _key_spec(self, sessions):
     return sharding.spec(sessions, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
-    shape = batch, cfg.kv_heads, M, cfg.head_dim
-    return tuple(jnp.zeros(shape, self.trunk.dtype) for _ in range(cfg.layers))
+    of_layers = lambda *shape: tuple(
+      jnp.zeros((batch, cfg.kv_heads, *shape), self.trunk.dtype) for _ in range(cfg.layers)
+    )
+    return of_layers(cfg.head_dim, M), of_layers(M, cfg.head_dim)
 
 
 @jax.tree_util.register_dataclass
@@ -200,14 +209,15 @@ class Stacked(Prepared):
     (joined,) = tpu_decode.write_rows(old[None], rows, self._at(cache))
     return _swap(joined.reshape(B, -1, K, H))
 
-  _session_axis = 1
+  _session_axis, _key_axis = 1, 2
 
   def _key_spec(self, sessions):
     return sharding.spec(None, sessions, None, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
-    return jnp.zeros((cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim), self.trunk.dtype)
+    shape = cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim
+    return jnp.zeros(shape, self.trunk.dtype), jnp.zeros(shape, self.trunk.dtype)
 
 
 def feed(
@@ -243,7 +253,8 @@ def feed(
   turn = trunk.turn(streams.to_attention(positions))
   x, k, v = model.through_layers(_embedded(trunk, tokens), turn, cache, visibility)
   hidden = streams.from_attention(trunk.normed(x))
-  return hidden, Cache(k, v, key_ok, cache.row + (R if count is None else count))
+  row = cache.row + (R if count is None else count)
+  return hidden, dataclasses.replace(cache, k=k, v=v, key_ok=key_ok, row=row)
 
 
 def _embedded(trunk, tokens):
@@ -296,10 +307,12 @@ def _trunk(model):
 def _attend_cache(k_cache, v_cache, i, at, visibility, turn, q, k, v, q_scale, k_scale):
   """Writes the rows' keys and values into layer i of the caches, then attends to it."""
   q, k = turn(q, q_scale), turn(k, k_scale)
-  put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
-  k_cache[i] = put(k_cache[i], _swap(k).astype(k_cache[i].dtype), at)
-  v_cache[i] = put(v_cache[i], _swap(v).astype(v_cache[i].dtype), at)
-  return _swap(xla.attention(_swap(q), k_cache[i], v_cache[i], visibility))
+  put = lambda old, new, *at: jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, *at))
+  k_cache[i] = jax.vmap(lambda old, new, at: put(old, new, 0, at))(
+    k_cache[i], k.transpose(0, 2, 3, 1), at
+  )
+  v_cache[i] = jax.vmap(lambda old, new, at: put(old, new, at, 0))(v_cache[i], _swap(v), at)
+  return _swap(xla.of_rows(_swap(q), k_cache[i], v_cache[i], visibility))
 
 
 def _swap(x):
