@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msjax.decoding import sampling
 from msjax.decoding import tick as tick_lib
 from msjax.decoding.policy import Knobs, Policy
 from msjax.decoding.prepared import Prepared
@@ -243,7 +244,7 @@ class Engine:
 
   def _look_at(self, place: int, session: Session) -> None:
     """Ends a session that cannot go on."""
-    if session.status == RUNNING and (self._told[place] == tick_lib.NOT_FINITE).any():
+    if session.status == RUNNING and (self._told[place] == sampling.NOT_FINITE).any():
       session.end(NOT_FINITE)
     elif session.status == RUNNING and len(session.rows) >= self.max_rows:
       session.end("context is full")

@@ -62,7 +62,7 @@ class Prepared(abc.ABC):
       key_ok, row = jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32)
       return Cache(*self._zeros(batch, M), key_ok, row, self._key_axis)
 
-    return sharding.made(empty, self.cache_specs(jax.eval_shape(empty), sessions))()
+    return sharding.empty(empty, self.cache_specs(jax.eval_shape(empty), sessions))
 
   def cache_specs(self, cache: Cache, sessions: str | None = "batch") -> Cache:
     """How the arrays of a cache of this model are cut: by sessions (None: not) and heads."""

@@ -49,12 +49,13 @@ class Past:
   def empty(cls, sessions: int, streams: Streams, vocab_size: int) -> "Past":
     """Nothing has been said; where there are no input streams, all rows are listened to."""
     S = len(streams)
-    count = jnp.full(sessions, _NEVER if streams.of_kind("input") else 0, jnp.int32)
+    begun = _NEVER if streams.of_kind("input") else 0
+    count = lambda: jnp.full(sessions, begun, jnp.int32)  # arrays that can be donated one by one
     return cls(
       rows=jnp.zeros(sessions, jnp.int32),
-      listened=count,
-      quiet=count,
-      quiet_in_all=count,
+      listened=count(),
+      quiet=count(),
+      quiet_in_all=count(),
       silent=jnp.zeros((sessions, S), jnp.int32),
       spoken=jnp.zeros((sessions, S), jnp.int32),
       had=jnp.zeros((sessions, S, vocab_size), bool),

@@ -11,7 +11,7 @@ from msjax import sharding
 from msjax.decoding.cache import Cache
 from msjax.decoding.policy import Knobs
 from msjax.decoding.prepared import Prepared, feed
-from msjax.decoding.sampling import NOT_FINITE, Past, sample
+from msjax.decoding.sampling import Past, sample
 from msjax.models import axes
 from msjax.streams import HOLE
 
@@ -59,6 +59,9 @@ def room(
 
   cache = model.room(sessions, rows, axis)
   like = jax.eval_shape(empty, cache)
+  # Each session that is read in needs a room.
+  if jax.sharding.get_abstract_mesh().empty:
+    return empty(cache)
   return sharding.made(empty, specs(model, like, axis), donate_argnums=0)(cache)
 
 
