@@ -3,10 +3,13 @@
 `python benchmarks/against_transformers.py [--streams=10] [--rows=200] [--repeats=5] [--json]`
 
 Training: an AdamW step on 2 x 1,000 tokens, clipped by the global norm. Decoding: `--rows` rows,
-greedy, every stream sampled, the host seeing each row before it is fed. Both sides are first shown
-to compute the same; then they are timed in turn, so that a busy machine slows both.
+greedy, every stream sampled, the host seeing each row before it is fed; the same of a tiny model,
+of which little but what stands around the products is left. Prefill: 1,000 tokens at once, and the
+row after them. Both sides are first shown to compute the same; then they are timed in turn, so that
+a busy machine slows both.
 """
 
+import dataclasses
 import functools
 import json
 import os
@@ -27,6 +30,7 @@ from msjax import cli
 from msjax.config import Config, ModelConfig, OptimConfig
 from msjax.decoding.engine import Engine, fill
 from msjax.decoding.prepared import Unrolled
+from msjax.decoding.session import Stop
 from msjax.decoding.tick import FREE
 from msjax.errors import InputError, RunError
 from msjax.hub.names import STREAM_EMBEDDING, read_params
@@ -39,7 +43,7 @@ _ROWS = flags.DEFINE_integer("rows", 200, "rows to decode", 20)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "timed runs of each side", 1)
 _JSON = flags.DEFINE_bool("json", False, "print one JSON object instead of a table")
 
-VOCAB, BATCH, TOKENS = 32_000, 2, 1_000  # TOKENS: of one sequence
+BATCH, TOKENS = 2, 1_000  # TOKENS: of one sequence
 CHECKED_ROWS = 20
 LOSS_TOLERANCE = 1e-4  # relative
 MARGIN = 1e-3  # logits closer than this may be told apart either way
@@ -51,8 +55,12 @@ MODEL = ModelConfig(
   kv_heads=4,
   head_dim=64,
   mlp_dim=1536,
+  vocab_size=32_000,
   tied_head=False,
   dtype="float32",
+)
+TINY = dataclasses.replace(
+  MODEL, dim=64, layers=2, heads=4, kv_heads=2, head_dim=16, mlp_dim=192, vocab_size=1_000
 )
 OPTIM = OptimConfig(learning_rate=1e-4, weight_decay=0.1)
 
@@ -62,9 +70,11 @@ Figures = dict[str, dict[str, float]]  # by side, by name
 class Msjax:
   """The msjax side."""
 
-  def __init__(self, streams: Streams, weights: dict[str, np.ndarray], tokens: np.ndarray):
+  def __init__(
+    self, cfg: ModelConfig, streams: Streams, weights: dict[str, np.ndarray], tokens: np.ndarray
+  ):
     """Takes over Hugging Face weights; `tokens` int32 [B, R, S] are what is trained on."""
-    learner = Learner(Config(model=MODEL, optim=OPTIM), streams, VOCAB)
+    learner = Learner(Config(model=cfg, optim=OPTIM), streams, cfg.vocab_size)
     like = placed(jax.eval_shape(learner.init, jax.random.key(0)).params)
     params = jax.tree.map(jnp.asarray, read_params(weights, like))
     self._model = Unrolled.of(learner.model(params))
@@ -72,6 +82,7 @@ class Msjax:
     params = jax.tree.map(jnp.copy, params)
     self._state = TrainState(jnp.zeros((), jnp.int32), params, learner.tx.init(params))
     self._step = jax.jit(learner.step, donate_argnums=0)
+    self._prompt = tokens[0]
     self._batch = {
       "tokens": tokens[None],
       "weights": np.ones_like(tokens[None], np.float32),
@@ -89,30 +100,39 @@ class Msjax:
     grid[0, 0] = first_row
     return fill(Engine(self._model, rows=room), grid)[0]
 
+  def prefill(self) -> np.ndarray:
+    """Reads a sequence at once; returns the row after it."""
+    rows = len(self._prompt)
+    engine = Engine(self._model, rows=2 * rows, rows_at_once=rows)
+    session = engine.join(self._prompt, stop=Stop(rows=rows + 1))
+    while engine.sessions:
+      engine.step()
+    return session.rows[-1]
+
 
 class Transformers:
   """The Hugging Face side: the rule as a 4-D mask, stream embeddings through `inputs_embeds`."""
 
-  def __init__(self, streams: Streams, tokens: np.ndarray):
+  def __init__(self, cfg: ModelConfig, streams: Streams, tokens: np.ndarray):
     """Draws weights; `tokens` int32 [B, R, S] are what is trained on."""
     config = transformers.Qwen3Config(
-      vocab_size=VOCAB,
-      hidden_size=MODEL.dim,
-      num_hidden_layers=MODEL.layers,
-      num_attention_heads=MODEL.heads,
-      num_key_value_heads=MODEL.kv_heads,
-      head_dim=MODEL.head_dim,
-      intermediate_size=MODEL.mlp_dim,
-      rope_theta=MODEL.rope_theta,
-      rms_norm_eps=MODEL.norm_eps,
-      tie_word_embeddings=MODEL.tied_head,
-      initializer_range=MODEL.dim**-0.5,
+      vocab_size=cfg.vocab_size,
+      hidden_size=cfg.dim,
+      num_hidden_layers=cfg.layers,
+      num_attention_heads=cfg.heads,
+      num_key_value_heads=cfg.kv_heads,
+      head_dim=cfg.head_dim,
+      intermediate_size=cfg.mlp_dim,
+      rope_theta=cfg.rope_theta,
+      rms_norm_eps=cfg.norm_eps,
+      tie_word_embeddings=cfg.tied_head,
+      initializer_range=cfg.dim**-0.5,
       attn_implementation="sdpa",
     )
     torch.manual_seed(0)
     self._streams = streams
     self._model = transformers.Qwen3ForCausalLM(config)
-    self._stream_embed = torch.nn.Parameter(0.02 * torch.randn(len(streams), MODEL.dim))
+    self._stream_embed = torch.nn.Parameter(0.02 * torch.randn(len(streams), cfg.dim))
     matrices = [p for p in self._model.parameters() if p.ndim > 1]
     others = [p for p in self._model.parameters() if p.ndim == 1] + [self._stream_embed]
     self._parameters = matrices + others
@@ -124,7 +144,7 @@ class Transformers:
       weight_decay=OPTIM.weight_decay,
       fused=True,
     )
-    self._grid = self._whole_grid(tokens)
+    self._grid, self._prompt = self._whole_grid(tokens), self._whole_grid(tokens[:1])
     self._labels = torch.from_numpy(np.array(streams.labels(tokens)[0])).long().flatten()
 
   @property
@@ -163,11 +183,19 @@ class Transformers:
     return np.stack(written)
 
   @torch.inference_mode()
-  def shortfall(self, written: np.ndarray) -> float:
-    """How far below the highest logit the tokens of greedy rows int [R, S] are, at most."""
+  def prefill(self) -> np.ndarray:
+    """Reads a sequence at once; returns the row after it."""
+    cache = transformers.DynamicCache(config=self._model.config)
+    logits = self._logits(**self._prompt, past_key_values=cache, last=len(self._streams))
+    return logits[0].argmax(-1).numpy()
+
+  @torch.inference_mode()
+  def shortfall(self, written: np.ndarray, given: int = 1) -> float:
+    """How far below the highest logit the tokens of greedy rows int [R, S] are, at most; the first
+    `given` rows are not the model's."""
     logits = self._logits(**self._whole_grid(written[None]))
-    logits = logits.unflatten(1, written.shape)[0, :-1]
-    chosen = torch.from_numpy(written[1:]).long()
+    logits = logits.unflatten(1, written.shape)[0, given - 1 : -1]
+    chosen = torch.from_numpy(written[given:]).long()
     return (logits.amax(-1) - logits.gather(-1, chosen[..., None])[..., 0]).max().item()
 
   def _whole_grid(self, tokens: np.ndarray) -> dict[str, torch.Tensor]:
@@ -180,8 +208,8 @@ class Transformers:
       "rows": torch.from_numpy(rows),
     }
 
-  def _logits(self, tokens, mask, rows, past_key_values=None) -> torch.Tensor:
-    """Tokens [B, R, S], additive mask [B, 1, L, M] and rows [B, L] -> [B, L, V]."""
+  def _logits(self, tokens, mask, rows, past_key_values=None, last=0) -> torch.Tensor:
+    """Tokens [B, R, S], additive mask [B, 1, L, M] and rows [B, L] -> [B, L, V], or of the last."""
     embedded = self._model.get_input_embeddings()(tokens) + self._stream_embed
     return self._model(
       inputs_embeds=embedded.flatten(1, 2),
@@ -189,6 +217,7 @@ class Transformers:
       position_ids=rows,
       past_key_values=past_key_values,
       use_cache=past_key_values is not None,
+      logits_to_keep=last,
     ).logits
 
 
@@ -209,6 +238,22 @@ def time_decoding(sides: Sides, oracle: Transformers, first_row: np.ndarray) -> 
       raise RunError(f"{name} wrote a token {short:.3g} below the highest logit: not timed")
   runs = {n: functools.partial(side.decode, first_row, rows, rows) for n, side in sides.items()}
   return _timed(runs, rows, len(first_row) * rows, first_call)
+
+
+def time_prefill(sides: Sides, oracle: Transformers, prompt: np.ndarray) -> Figures:
+  """Times reading the sides' prompt int32 [R, S] at once.
+
+  Raises:
+    RunError: a side goes on with a token that is not the likeliest by one dense pass of `oracle`.
+  """
+  first_call = {}
+  for name, side in sides.items():
+    first_call[name] = _seconds(side.prefill)
+    short = oracle.shortfall(np.concatenate([prompt, side.prefill()[None]]), len(prompt))
+    if short > MARGIN:
+      raise RunError(f"{name} goes on with a token {short:.3g} below the highest logit: not timed")
+  runs = {name: side.prefill for name, side in sides.items()}
+  return _timed(runs, len(prompt), prompt.size, first_call)
 
 
 def time_training(sides: Sides) -> Figures:
@@ -284,20 +329,23 @@ def main(_) -> None:
   jax.config.update("jax_platforms", "cpu")
   torch.set_num_threads(threads)
   conditions = (
-    f"decoding {_ROWS.value} rows, training on {BATCH} x {TOKENS:,} tokens, {S} streams, float32; "
+    f"decoding {_ROWS.value} rows, reading {TOKENS:,} tokens at once, training on {BATCH} x "
+    f"{TOKENS:,} tokens, {S} streams, float32; "
     f"load before {os.getloadavg()[0]:.1f}; jax {jax.__version__}, "
     f"torch {torch.__version__} and transformers {transformers.__version__}, {threads} threads; "
     "a first call compiles or warms up and is in no other column"
   )
   streams = Streams(tuple(Stream.parse(f"s{i}:internal") for i in range(S)), silence_id=0)
   rng = np.random.default_rng(0)
-  tokens = rng.integers(0, VOCAB, (BATCH, TOKENS // S, S), np.int32)
-  oracle = Transformers(streams, tokens)
-  sides = {"msjax": Msjax(streams, oracle.weights, tokens), "transformers": oracle}
-  figures = {
-    "decoding": time_decoding(sides, oracle, tokens[0, 0]),
-    "training step": time_training(sides),
-  }
+  figures = {}
+  for name, cfg in (("58 M", MODEL), ("tiny", TINY)):
+    tokens = rng.integers(0, cfg.vocab_size, (BATCH, TOKENS // S, S), np.int32)
+    oracle = Transformers(cfg, streams, tokens)
+    sides = {"msjax": Msjax(cfg, streams, oracle.weights, tokens), "transformers": oracle}
+    figures[f"decoding, {name}"] = time_decoding(sides, oracle, tokens[0, 0])
+    if cfg is MODEL:
+      figures["prefill"] = time_prefill(sides, oracle, tokens[0])
+      figures["training step"] = time_training(sides)
   if _JSON.value:
     print(json.dumps({"conditions": conditions, **figures}))
   else:

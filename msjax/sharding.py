@@ -94,6 +94,12 @@ def made(make: Callable, specs: Any, **jit: Any) -> jax.stages.Wrapped:
   return jax.jit(make, **jit)
 
 
+def empty(make: Callable[[], Any], specs: Any) -> Any:
+  """Makes arrays of constants that are cut like `specs`; without a mesh nothing is compiled."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return make() if mesh.empty else made(make, specs)()
+
+
 def cut_by(name: str) -> tuple[str, ...]:
   """Which axes of the mesh cut the axis `name`."""
   return _RULES[name]

@@ -82,6 +82,15 @@ def test_is_dense_attention(blocks, heads, length, keys, sizes):
     np.testing.assert_allclose(a, b, atol=2e-5, rtol=0, err_msg=name)
 
 
+@pytest.mark.parametrize("at_once", [1 << 20, 1], ids=["at once", "in blocks"])
+def test_rows_against_a_cache_are_dense_attention(blocks, monkeypatch, at_once):
+  blocks(256, 8)
+  monkeypatch.setattr(xla, "_AT_ONCE", at_once)
+  (q, k, v), d_out, visibility = random_case(6, 2, 3, 29)
+  ours = jit(xla.of_rows)(q, np.swapaxes(k, 2, 3), v, visibility)
+  np.testing.assert_allclose(ours, dense(q, k, v, visibility, d_out)[0], atol=2e-5, rtol=0)
+
+
 def test_is_stable_for_large_scores(blocks):
   blocks(8, 8)
   (q, k, v), d_out, visibility = random_case(2, 2, 24, 24)

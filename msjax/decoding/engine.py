@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msjax.decoding import sampling
 from msjax.decoding import tick as tick_lib
 from msjax.decoding.policy import Knobs, Policy
 from msjax.decoding.prepared import Prepared
@@ -393,7 +394,7 @@ class Engine:
     """Ends a session that cannot go on."""
     if session.status == ENDED:
       return
-    if (self._told[session.place] == tick_lib.NOT_FINITE).any():
+    if (self._told[session.place] == sampling.NOT_FINITE).any():
       session.end(NOT_FINITE)
     elif session.context >= self.bounds.max_rows and not session.setting.slide:
       session.end(CONTEXT_FULL)

@@ -32,6 +32,9 @@ class Silence:
     since: row of the session from which on inputs are heard; of several streams' the latest holds.
     shares: of the penalty, that count in the rows from `since` on, whatever inputs say, the last of
       them in all that follow. Empty: as the ramp has it.
+    apart: whether it is drawn first if the stream says nothing, as likely as the model has it less
+      the penalty; temperature, top_k, top_p and min_p are for its words alone then. As one draw,
+      they cut off the few words that break a silence.
   """
 
   penalty: float = 0.0
@@ -43,6 +46,7 @@ class Silence:
   duty: float = 1.0
   since: int = 0
   shares: tuple[float, ...] = ()
+  apart: bool = False
 
 
 # Which tokens may come after those that a stream has had, silence among both: bool [V], or None for
@@ -231,6 +235,7 @@ class Knobs:
   duty: Any
   since: Any
   shares: Any
+  apart: Any
   allowed: Any
 
   @classmethod
@@ -262,6 +267,7 @@ class Knobs:
       duty=of_silence("duty", np.float32),
       since=of_silence("since", np.int32),
       shares=_shares(policies),
+      apart=of_silence("apart", bool),
       allowed=np.ones((*ids.shape[:2], 0), bool),
     )
 

@@ -16,8 +16,8 @@ from msjax.kernels import api, tpu_decode, xla
 from msjax.kernels.lanes import LANES
 from msjax.kernels.rotary import Turn
 from msjax.models import axes
-from msjax.models.transformer import Block, Transformer, read_out
-from msjax.streams import Visibility
+from msjax.models.transformer import Block, Transformer
+from msjax.streams import HOLE, Visibility
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +44,14 @@ class Prepared(abc.ABC):
 
   def logits(self, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
     """As `Transformer.logits`, for the chip's tokens; -inf where there is none."""
+    # Holes are blanked here and not in the logits, of which each pass costs as much as it reads.
+    hidden = jnp.where((tokens != HOLE)[..., None], hidden, 0)
+    logits = jnp.matmul(hidden, self.columns, preferred_element_type=jnp.float32)
     columns = self.columns.shape[1]
+    if columns * sharding.size("vocab") == self.vocab_size:
+      return logits
     ids = sharding.index("vocab") * columns + jnp.arange(columns)
-    return jnp.where(ids < self.vocab_size, read_out(hidden, self.columns, tokens), -jnp.inf)
+    return jnp.where(ids < self.vocab_size, logits, -jnp.inf)
 
   def room(self, batch: int, rows: int, sessions: str | None = "batch") -> Cache:
     """Returns an empty cache for `rows` rows of `batch` sessions, or a few more; cut as of
@@ -54,20 +59,21 @@ class Prepared(abc.ABC):
     M = -(-rows * len(self.trunk.streams) // self.key_block) * self.key_block
 
     def empty():
-      k, v = self._zeros(batch, M), self._zeros(batch, M)
-      return Cache(k, v, jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32))
+      key_ok, row = jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32)
+      return Cache(*self._zeros(batch, M), key_ok, row, self._key_axis)
 
-    return sharding.made(empty, self.cache_specs(jax.eval_shape(empty), sessions))()
+    return sharding.empty(empty, self.cache_specs(jax.eval_shape(empty), sessions))
 
   def cache_specs(self, cache: Cache, sessions: str | None = "batch") -> Cache:
     """How the arrays of a cache of this model are cut: by sessions (None: not) and heads."""
     k, v = jax.tree.map(lambda _: self._key_spec(sessions), (cache.k, cache.v))
-    return Cache(k, v, sharding.spec(sessions), sharding.spec(sessions))
+    of_sessions = sharding.spec(sessions)
+    return dataclasses.replace(cache, k=k, v=v, key_ok=of_sessions, row=of_sessions)
 
   def cache_session_axes(self, cache: Cache) -> Cache:
     """Which axis of each array of a cache is that of sessions."""
     k, v = jax.tree.map(lambda _: self._session_axis, (cache.k, cache.v))
-    return Cache(k, v, 0, 0)
+    return dataclasses.replace(cache, k=k, v=v, key_ok=0, row=0)
 
   @property
   @abc.abstractmethod
@@ -94,9 +100,14 @@ class Prepared(abc.ABC):
   def _key_spec(self, sessions: str | None) -> jax.P:
     """How each array of keys or values of a cache is cut."""
 
+  @property
   @abc.abstractmethod
-  def _zeros(self, batch: int, M: int) -> Any:
-    """Keys or values of an empty cache."""
+  def _key_axis(self) -> int:
+    """Which axis of keys of a cache is that of cells."""
+
+  @abc.abstractmethod
+  def _zeros(self, batch: int, M: int) -> tuple[Any, Any]:
+    """Keys and values of an empty cache."""
 
   def _at(self, cache: Cache) -> jax.Array:
     """Where the row goes in each session, int32 [B]."""
@@ -109,7 +120,8 @@ class Unrolled(Prepared):
   """One layer after another, each with arrays of its own: for CPU and GPU.
 
   On CPU a scan over stacked layers copies every slice, which takes three to five times as long as
-  the pass itself. The cache of a layer is [B, K, M, H]: a head's keys lie together.
+  the pass itself. The cache of a layer is [B, K, H, M] for keys and [B, K, M, H] for values: as
+  products with them want it.
   """
 
   layers: tuple[Block, ...]
@@ -132,24 +144,27 @@ class Unrolled(Prepared):
 
       def attend(q, k, v, q_scale, k_scale, i=i, at=at):
         q, k = turn(q, q_scale), turn(k, k_scale)
-        _write(k_cache, i, k, at)
-        _write(v_cache, i, v, at)
+        k_cache[i] = _write_keys(k_cache[i], k, at)
+        v_cache[i] = _write_values(v_cache[i], v, at)
         if look:
-          attention.append(attended(_swap(q), k_cache[i], visibility, self.trunk.streams))
-        return _swap(xla.attention(_swap(q), k_cache[i], v_cache[i], visibility))
+          keys = jnp.swapaxes(k_cache[i], 2, 3)
+          attention.append(attended(_swap(q), keys, visibility, self.trunk.streams))
+        return _swap(xla.of_rows(_swap(q), k_cache[i], v_cache[i], visibility))
 
       x = block(x, attend, sharding.CELLS_WHOLE)
     return x, tuple(k_cache), tuple(v_cache), sum(attention) / len(self.layers) if look else None
 
-  _session_axis = 0
+  _session_axis, _key_axis = 0, 3
 
   def _key_spec(self, sessions):
     return sharding.spec(sessions, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
-    shape = batch, cfg.kv_heads, M, cfg.head_dim
-    return tuple(jnp.zeros(shape, self.trunk.dtype) for _ in range(cfg.layers))
+    of_layers = lambda *shape: tuple(
+      jnp.zeros((batch, cfg.kv_heads, *shape), self.trunk.dtype) for _ in range(cfg.layers)
+    )
+    return of_layers(cfg.head_dim, M), of_layers(M, cfg.head_dim)
 
 
 @jax.tree_util.register_dataclass
@@ -210,14 +225,15 @@ class Stacked(Prepared):
     (joined,) = tpu_decode.write_rows(old[None], rows, self._at(cache))
     return _swap(joined.reshape(B, -1, K, H))
 
-  _session_axis = 1
+  _session_axis, _key_axis = 1, 2
 
   def _key_spec(self, sessions):
     return sharding.spec(None, sessions, None, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
-    return jnp.zeros((cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim), self.trunk.dtype)
+    shape = cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim
+    return jnp.zeros(shape, self.trunk.dtype), jnp.zeros(shape, self.trunk.dtype)
 
 
 def feed(
@@ -265,7 +281,8 @@ def _feed(model, cache, tokens, count, positions, look):
   x = _embedded(trunk, tokens)
   x, k, v, attention = model.through_layers(x, turn, cache, visibility, look)
   hidden = streams.from_attention(trunk.normed(x))
-  return hidden, Cache(k, v, key_ok, cache.row + (R if count is None else count)), attention
+  row = cache.row + (R if count is None else count)
+  return hidden, dataclasses.replace(cache, k=k, v=v, key_ok=key_ok, row=row), attention
 
 
 def _embedded(trunk, tokens):
@@ -315,10 +332,16 @@ def _trunk(model):
   return trunk
 
 
-def _write(caches, i, new, at):
-  """Writes keys or values of rows [B, C * S, K, H] into the cache of layer i."""
+def _write_keys(cache, new, at):
+  """Writes keys of rows [B, C * S, K, H] into a cache [B, K, H, M]."""
+  put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, 0, at)))
+  return put(cache, new.transpose(0, 2, 3, 1).astype(cache.dtype), at)
+
+
+def _write_values(cache, new, at):
+  """Writes values of rows [B, C * S, K, H] into a cache [B, K, M, H]."""
   put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
-  caches[i] = put(caches[i], _swap(new).astype(caches[i].dtype), at)
+  return put(cache, _swap(new).astype(cache.dtype), at)
 
 
 def _swap(x):

@@ -4,6 +4,7 @@ Each chip has the logits of its own tokens; of these only the few best are sorte
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -11,11 +12,15 @@ import jax.numpy as jnp
 
 from msjax import sharding
 from msjax.decoding.policy import Knobs
+from msjax.kernels import api
 from msjax.streams import HOLE, Streams
 
+NOT_FINITE = -3  # instead of a token: none is the likeliest
 _NEVER = -1  # a count that has not begun
+_NO_TOKEN = jnp.iinfo(jnp.int32).max  # whose key draws what is not drawn by token
 _LOWEST = jnp.iinfo(jnp.int32).min
 _BEST = 128  # tokens that are looked at first
+_SEARCHED = 1024  # tokens among which the likeliest is searched for, at most
 
 
 @jax.tree_util.register_dataclass
@@ -45,12 +50,13 @@ class Past:
   def empty(cls, sessions: int, streams: Streams, vocab_size: int) -> "Past":
     """Nothing has been said; where there are no input streams, all rows are listened to."""
     S = len(streams)
-    count = jnp.full(sessions, _NEVER if streams.of_kind("input") else 0, jnp.int32)
+    begun = _NEVER if streams.of_kind("input") else 0
+    count = lambda: jnp.full(sessions, begun, jnp.int32)  # arrays that can be donated one by one
     return cls(
       rows=jnp.zeros(sessions, jnp.int32),
-      listened=count,
-      quiet=count,
-      quiet_in_all=count,
+      listened=count(),
+      quiet=count(),
+      quiet_in_all=count(),
       silent=jnp.zeros((sessions, S), jnp.int32),
       spoken=jnp.zeros((sessions, S), jnp.int32),
       had=jnp.zeros((sessions, S, vocab_size), bool),
@@ -98,21 +104,21 @@ def sample(
     keys: one PRNG key a session and row, [B]; every stream draws from a key of its own.
 
   Returns:
-    int32 [B, S].
+    int32 [B, S]; `NOT_FINITE` where the logits are not.
   """
   ids = sharding.index("vocab") * logits.shape[-1] + jnp.arange(logits.shape[-1], dtype=jnp.int32)
-  silence = ids == silence_id
   logits = _weighed(logits, knobs, past, ids)
-  logits = logits - jnp.where(silence, _silence_penalty(knobs, past, reading)[..., None], 0.0)
   must_speak = (knobs.longest > 0) & (past.silent >= knobs.longest)
-  logits = jnp.where(silence & must_speak[..., None], -jnp.inf, logits)
-  must_be_silent = _must_be_silent(knobs, past)
+  less = jnp.where(must_speak, jnp.inf, _silence_penalty(knobs, past, reading))
+  logits = _lowered(logits, silence_id - ids[0], less)
   if knobs.allowed.shape[-1]:
     logits = jnp.where(knobs.allowed, logits, -jnp.inf)
-    # Who has to speak, but may say nothing.
-    must_be_silent |= sharding.highest(logits.max(-1), "vocab") == -jnp.inf
-  drawn = _drawn(logits, knobs, ids, keys)
-  return jnp.where(must_be_silent, silence_id, drawn)
+  top = _highest(logits)
+  drawn = _drawn(logits, top, knobs, ids, silence_id, keys)
+  must_be_silent, finite = _must_be_silent(knobs, past), jnp.isfinite(top)
+  if knobs.allowed.shape[-1]:  # who has to speak may have nothing to say
+    must_be_silent, finite = must_be_silent | (top == -jnp.inf), finite | (top == -jnp.inf)
+  return jnp.where(finite, jnp.where(must_be_silent, silence_id, drawn), NOT_FINITE)
 
 
 def _weighed(logits: jax.Array, knobs: Knobs, past: Past, ids: jax.Array) -> jax.Array:
@@ -129,6 +135,14 @@ def _weighed(logits: jax.Array, knobs: Knobs, past: Past, ids: jax.Array) -> jax
     repeated = repeated - knobs.presence_penalty[..., None]
     logits = jnp.where(past.had, repeated, logits)
   return logits
+
+
+def _lowered(logits: jax.Array, place: jax.Array, less: jax.Array) -> jax.Array:
+  """Takes `less` [B, S] from the logits in one place, if the chip has it; the rest is not read."""
+  at = jnp.clip(place, 0, logits.shape[-1] - 1)
+  old = jax.lax.dynamic_slice_in_dim(logits, at, 1, -1)
+  new = jnp.where(place == at, old - less[..., None], old)
+  return jax.lax.dynamic_update_slice_in_dim(logits, new, at, -1)
 
 
 def _silence_penalty(knobs: Knobs, past: Past, reading: jax.Array) -> jax.Array:
@@ -156,22 +170,46 @@ def _must_be_silent(knobs: Knobs, past: Past) -> jax.Array:
   return knobs.ablated | unfinished | ((knobs.duty < 1) & worn)
 
 
-def _drawn(logits: jax.Array, knobs: Knobs, ids: jax.Array, keys: jax.Array) -> jax.Array:
-  """Cuts off, draws."""
+def _drawn(
+  logits: jax.Array,
+  top: jax.Array,
+  knobs: Knobs,
+  ids: jax.Array,
+  silence_id: int,
+  keys: jax.Array,
+) -> jax.Array:
+  """Draws whether to speak where that is apart, cuts off, draws; `top` [B, S] is the highest."""
   hot = knobs.temperature > 0
   cuts = hot & ((knobs.top_k > 0) | (knobs.top_p < 1) | (knobs.min_p > 0))
+  stream_keys = jax.vmap(lambda key: _stream_keys(key, logits.shape[1]))
 
-  def noised():
+  def noised(logits):
     scores = logits / jnp.where(hot, knobs.temperature, 1.0)[..., None]
     everything = lambda: jnp.full(hot.shape, -jnp.inf)
     least = jax.lax.cond(_anywhere(cuts), lambda: _least(scores, knobs), everything)
-    noise = jax.vmap(lambda key: _noise(key, logits.shape[1], ids))(keys)
+    noise = jax.vmap(lambda keys: _noise(keys, ids))(stream_keys(keys))
     drawn = jnp.where(scores >= least[..., None], scores + noise, -jnp.inf)
     return jnp.where(hot[..., None], drawn, logits)
 
-  return jax.lax.cond(
-    _anywhere(hot), lambda: _likeliest(noised(), ids), lambda: _likeliest(logits, ids)
-  )
+  def by_chance():
+    place = silence_id - ids[0]
+    rests = knobs.apart & _rests(logits, top, place, stream_keys(keys))
+    words = _lowered(logits, place, jnp.where(knobs.apart, jnp.inf, 0.0))
+    scores = jax.lax.cond(_anywhere(hot), lambda: noised(words), lambda: words)
+    return jnp.where(rests, silence_id, _likeliest(scores, _highest(scores), ids))
+
+  likeliest = lambda: _likeliest(logits, top, ids)
+  return jax.lax.cond(_anywhere(hot | knobs.apart), by_chance, likeliest)
+
+
+def _rests(logits: jax.Array, top: jax.Array, place: jax.Array, keys: jax.Array) -> jax.Array:
+  """Draws whether streams are silent, bool [B, S], as likely as logits in one place have it."""
+  at = jnp.clip(place, 0, logits.shape[-1] - 1)
+  own = jax.lax.dynamic_slice_in_dim(logits, at, 1, -1)[..., 0]
+  silence = sharding.highest(jnp.where(place == at, own, -jnp.inf), "vocab")
+  whole = sharding.total(jnp.exp(logits - top[..., None]).sum(-1), "vocab")
+  of_no_token = lambda key: jax.random.uniform(jax.random.fold_in(key, _NO_TOKEN))
+  return jax.vmap(jax.vmap(of_no_token))(keys) < jnp.exp(silence - top) / whole
 
 
 def _anywhere(asked: jax.Array) -> jax.Array:
@@ -179,13 +217,35 @@ def _anywhere(asked: jax.Array) -> jax.Array:
   return sharding.highest(asked.any().astype(jnp.int32), "batch") > 0
 
 
-def _likeliest(scores: jax.Array, ids: jax.Array) -> jax.Array:
-  """The token of the highest score, the first of equals; int32 [B, S]."""
-  top = sharding.highest(scores.max(-1), "vocab")
-  # What argmax gives, which on CPU is a scalar loop and takes eight times as long.
-  lowest = jnp.where(scores < top[..., None], jnp.iinfo(jnp.int32).max, ids).min(-1)
+def _highest(scores: jax.Array) -> jax.Array:
+  """The highest score of all chips' tokens [B, S]; inf where one is NaN, which the highest of chips
+  may leave out."""
+  top = scores.max(-1)
+  return sharding.highest(jnp.where(jnp.isnan(top), jnp.inf, top), "vocab")
+
+
+def _likeliest(scores: jax.Array, top: jax.Array, ids: jax.Array) -> jax.Array:
+  """The token whose score is the highest, `top`, the first of equals; int32 [B, S]."""
+  V = scores.shape[-1]
+  place = (_first_in_blocks if api.platform() == "cpu" else _first)(scores, top)
+  lowest = jnp.where(place < V, ids[0] + place, jnp.iinfo(jnp.int32).max)
   # Else XLA takes this out of the branches that end with it, which then hand over all scores.
   return jax.lax.optimization_barrier(-sharding.highest(-lowest, "vocab"))
+
+
+def _first(scores: jax.Array, top: jax.Array) -> jax.Array:
+  """Where in the last axis `top` is reached first; its length if nowhere."""
+  V = scores.shape[-1]
+  return jnp.where(scores >= top[..., None], jnp.arange(V, dtype=jnp.int32), V).min(-1)
+
+
+def _first_in_blocks(scores: jax.Array, top: jax.Array) -> jax.Array:
+  """As `_first`, which on CPU is a scalar loop, like argmax: ten times as long as a maximum."""
+  n = math.gcd(scores.shape[-1], _SEARCHED)
+  blocks = scores.reshape(*scores.shape[:-1], -1, n)
+  block = jnp.minimum(_first(blocks.max(-1), top), blocks.shape[-2] - 1)
+  in_block = jnp.take_along_axis(blocks, block[..., None, None], -2)[..., 0, :]
+  return block * n + _first(in_block, top)
 
 
 def _least(scores: jax.Array, knobs: Knobs) -> jax.Array:
@@ -265,8 +325,12 @@ def _last(holds: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Array
   return jax.lax.fori_loop(0, 8, find_digit, jnp.full(like.shape, _LOWEST))
 
 
-def _noise(key: jax.Array, streams: int, ids: jax.Array) -> jax.Array:
+def _stream_keys(key: jax.Array, streams: int) -> jax.Array:
+  """A key for each stream of one session, [streams]."""
+  return jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(streams))
+
+
+def _noise(stream_keys: jax.Array, ids: jax.Array) -> jax.Array:
   """Gumbel noise float32 [streams, len(ids)] of one session."""
-  stream_keys = jax.vmap(lambda s: jax.random.fold_in(key, s))(jnp.arange(streams))
   of_token = lambda key, id: jax.random.gumbel(jax.random.fold_in(key, id))
   return jax.vmap(lambda key: jax.vmap(lambda id: of_token(key, id))(ids))(stream_keys)

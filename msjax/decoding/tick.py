@@ -12,13 +12,12 @@ from msjax.decoding.cache import Cache
 from msjax.decoding.look import Look, look
 from msjax.decoding.policy import Knobs
 from msjax.decoding.prepared import Prepared, feed, feed_and_look
-from msjax.decoding.sampling import Past, sample
+from msjax.decoding.sampling import NOT_FINITE, Past, sample
 from msjax.decoding.stop import Limits
 from msjax.models import axes
 from msjax.streams import HOLE
 
 FREE = -2  # in a row that is given: let the model write this cell
-NOT_FINITE = -3  # in a proposal: there is no likeliest token
 NOT_FED = -5  # in what is told of rows: this one was not fed
 
 
@@ -63,6 +62,9 @@ def room(
 
   cache = model.room(sessions, rows, axis)
   like = jax.eval_shape(empty, cache)
+  # Each session that is read in needs a room.
+  if jax.sharding.get_abstract_mesh().empty:
+    return empty(cache)
   return sharding.made(empty, specs(model, like, axis), donate_argnums=0)(cache)
 
 
@@ -183,9 +185,6 @@ def _proposed(model, logits, tokens, knobs, past, reading, keys):
   keys = jax.vmap(jax.random.fold_in)(keys, past.rows)
   silence = model.trunk.streams.silence_id
   drawn = sample(logits, knobs, past, reading, silence, keys)
-  top = logits.max(-1)
-  top = jnp.where(jnp.isnan(top), jnp.inf, top)  # for the highest of chips may leave out a NaN
-  drawn = jnp.where(jnp.isfinite(sharding.highest(top, "vocab")), drawn, NOT_FINITE)
   return jnp.where(tokens == HOLE, silence, drawn)
 
 

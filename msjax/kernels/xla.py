@@ -19,6 +19,7 @@ from msjax.streams import Visibility
 
 QUERY_BLOCK = 128
 KEY_BLOCK = 128
+_AT_ONCE = 1 << 20  # scores of a head
 _NEVER = -1e30  # a finite stand-in for -inf: exp(x - _NEVER) is masked, never NaN
 
 
@@ -61,6 +62,34 @@ def attention(
   key = dropout.key if dropout else None
   out = _attention(blocks, q, k, v, visibility, key)
   return out[:, :, :, :L].reshape(B, N, L, H)
+
+
+def of_rows(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
+  """Attention of rows that are fed to a cache, keys of which stand as their product wants them.
+
+  A row has so few queries that all scores are there at once: loops over blocks of them would take
+  up to twice as long on CPU.
+
+  Args:
+    q: [B, N, L, H], as for `attention`.
+    k: [B, K, H, M].
+    v: [B, K, M, H].
+    visibility: see `attention`.
+
+  Returns:
+    [B, N, L, H] in the dtype of q; scores and sums are float32.
+  """
+  B, N, L, H = q.shape
+  K, M = v.shape[1:3]
+  if L * M > _AT_ONCE:
+    return attention(q, jnp.swapaxes(k, 2, 3), v, visibility)
+  f32 = {"preferred_element_type": jnp.float32}
+  s = jnp.einsum("bkqh,bkhc->bkqc", q.reshape(B, K, -1, H), k, **f32) / math.sqrt(H)
+  seen = visibility.dense()[:, None, None]
+  s = jnp.where(seen, s.reshape(B, K, -1, L, M), _NEVER).reshape(s.shape)
+  p = jnp.exp(s - s.max(-1, keepdims=True))
+  out = jnp.einsum("bkqc,bkch->bkqh", p.astype(v.dtype), v, **f32)
+  return (out / p.sum(-1, keepdims=True)).astype(q.dtype).reshape(B, N, L, H)
 
 
 @dataclasses.dataclass(frozen=True)
