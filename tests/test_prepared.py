@@ -235,10 +235,11 @@ def test_a_stacked_cache_holds_what_an_unrolled_one_does():
   ]
   cells = ROWS * 3
   stacked, unrolled = ((cache.k, cache.v) for cache in caches)
-  unrolled = np.swapaxes(np.stack(unrolled[0]), 3, 4), np.stack(unrolled[1])
   for ours, theirs in zip(stacked, unrolled):
     by_head = ours.reshape(WIDE.layers, 2, -1, 2, 64).swapaxes(2, 3)
-    np.testing.assert_allclose(by_head[:, :, :, :cells], theirs[:, :, :, :cells], atol=1e-5)
+    np.testing.assert_allclose(
+      by_head[:, :, :, :cells], np.stack(theirs)[:, :, :, :cells], atol=1e-5
+    )
     assert not by_head[:, :, :, cells:].any()
 
 

@@ -14,18 +14,16 @@ class Cache:
 
   Attributes:
     k: rotated keys, cells in attention order, rows one after another. How arrays lie is the
-      prepared model's choice.
-    v: values; their third axis has the cells of a session.
+      prepared model's choice; their third axis has the cells of a session.
+    v: values, alike.
     key_ok: bool [B, M], which cells others may see.
     row: int32 [B], rows fed so far; the next one is written at cell `row * S`.
-    key_axis: which axis of keys has the cells.
   """
 
   k: Any
   v: Any
   key_ok: jax.Array
   row: jax.Array
-  key_axis: int = dataclasses.field(metadata={"static": True})
 
   @property
   def capacity(self) -> int:
@@ -34,7 +32,6 @@ class Cache:
 
   def grown(self, cells: int) -> "Cache":
     """Returns the same cache with room for `cells` more cells."""
-    more = lambda x, axis: jnp.pad(x, [(0, cells if i == axis else 0) for i in range(x.ndim)])
-    k = jax.tree.map(lambda x: more(x, self.key_axis), self.k)
-    v = jax.tree.map(lambda x: more(x, 2), self.v)
-    return dataclasses.replace(self, k=k, v=v, key_ok=more(self.key_ok, 1))
+    more = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, cells), (0, 0)])
+    k, v = jax.tree.map(more, (self.k, self.v))
+    return Cache(k, v, jnp.pad(self.key_ok, [(0, 0), (0, cells)]), self.row)

@@ -59,8 +59,8 @@ class Prepared(abc.ABC):
     M = -(-rows * len(self.trunk.streams) // self.key_block) * self.key_block
 
     def empty():
-      key_ok, row = jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32)
-      return Cache(*self._zeros(batch, M), key_ok, row, self._key_axis)
+      k, v = self._zeros(batch, M), self._zeros(batch, M)
+      return Cache(k, v, jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32))
 
     return sharding.empty(empty, self.cache_specs(jax.eval_shape(empty), sessions))
 
@@ -100,14 +100,9 @@ class Prepared(abc.ABC):
   def _key_spec(self, sessions: str | None) -> jax.P:
     """How each array of keys or values of a cache is cut."""
 
-  @property
   @abc.abstractmethod
-  def _key_axis(self) -> int:
-    """Which axis of keys of a cache is that of cells."""
-
-  @abc.abstractmethod
-  def _zeros(self, batch: int, M: int) -> tuple[Any, Any]:
-    """Keys and values of an empty cache."""
+  def _zeros(self, batch: int, M: int) -> Any:
+    """Keys or values of an empty cache."""
 
   def _at(self, cache: Cache) -> jax.Array:
     """Where the row goes in each session, int32 [B]."""
@@ -120,8 +115,7 @@ class Unrolled(Prepared):
   """One layer after another, each with arrays of its own: for CPU and GPU.
 
   On CPU a scan over stacked layers copies every slice, which takes three to five times as long as
-  the pass itself. The cache of a layer is [B, K, H, M] for keys and [B, K, M, H] for values: as
-  products with them want it.
+  the pass itself. The cache of a layer is [B, K, M, H]: a head's keys lie together.
   """
 
   layers: tuple[Block, ...]
@@ -144,27 +138,24 @@ class Unrolled(Prepared):
 
       def attend(q, k, v, q_scale, k_scale, i=i, at=at):
         q, k = turn(q, q_scale), turn(k, k_scale)
-        k_cache[i] = _write_keys(k_cache[i], k, at)
-        v_cache[i] = _write_values(v_cache[i], v, at)
+        k_cache[i] = _write(k_cache[i], k, at)
+        v_cache[i] = _write(v_cache[i], v, at)
         if look:
-          keys = jnp.swapaxes(k_cache[i], 2, 3)
-          attention.append(attended(_swap(q), keys, visibility, self.trunk.streams))
+          attention.append(attended(_swap(q), k_cache[i], visibility, self.trunk.streams))
         return _swap(xla.of_rows(_swap(q), k_cache[i], v_cache[i], visibility))
 
       x = block(x, attend, sharding.CELLS_WHOLE)
     return x, tuple(k_cache), tuple(v_cache), sum(attention) / len(self.layers) if look else None
 
-  _session_axis, _key_axis = 0, 3
+  _session_axis = 0
 
   def _key_spec(self, sessions):
     return sharding.spec(sessions, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
-    of_layers = lambda *shape: tuple(
-      jnp.zeros((batch, cfg.kv_heads, *shape), self.trunk.dtype) for _ in range(cfg.layers)
-    )
-    return of_layers(cfg.head_dim, M), of_layers(M, cfg.head_dim)
+    shape = batch, cfg.kv_heads, M, cfg.head_dim
+    return tuple(jnp.zeros(shape, self.trunk.dtype) for _ in range(cfg.layers))
 
 
 @jax.tree_util.register_dataclass
@@ -225,15 +216,14 @@ class Stacked(Prepared):
     (joined,) = tpu_decode.write_rows(old[None], rows, self._at(cache))
     return _swap(joined.reshape(B, -1, K, H))
 
-  _session_axis, _key_axis = 1, 2
+  _session_axis = 1
 
   def _key_spec(self, sessions):
     return sharding.spec(None, sessions, None, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
-    shape = cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim
-    return jnp.zeros(shape, self.trunk.dtype), jnp.zeros(shape, self.trunk.dtype)
+    return jnp.zeros((cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim), self.trunk.dtype)
 
 
 def feed(
@@ -332,14 +322,8 @@ def _trunk(model):
   return trunk
 
 
-def _write_keys(cache, new, at):
-  """Writes keys of rows [B, C * S, K, H] into a cache [B, K, H, M]."""
-  put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, 0, at)))
-  return put(cache, new.transpose(0, 2, 3, 1).astype(cache.dtype), at)
-
-
-def _write_values(cache, new, at):
-  """Writes values of rows [B, C * S, K, H] into a cache [B, K, M, H]."""
+def _write(cache, new, at):
+  """Writes keys or values of rows [B, C * S, K, H] into a cache [B, K, M, H]."""
   put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
   return put(cache, _swap(new).astype(cache.dtype), at)
 

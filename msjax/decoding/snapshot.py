@@ -112,8 +112,7 @@ def _trimmed(state: State) -> State:
   cache = state.cache
   S = state.proposal.shape[1]
   cells = int(cache.row[0]) * S
-  k = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, cells, axis=cache.key_axis), cache.k)
-  v = jax.tree.map(lambda x: x[:, :, :cells], cache.v)
+  k, v = jax.tree.map(lambda x: x[:, :, :cells], (cache.k, cache.v))
   cache = dataclasses.replace(cache, k=k, v=v, key_ok=cache.key_ok[:, :cells])
   return dataclasses.replace(state, cache=cache)
 
