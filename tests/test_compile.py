@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import pytest
 
 CONFIG = """
@@ -44,13 +45,11 @@ def command(tmp_path):
   path.write_text(CONFIG)
 
   def call(*flags, script=None):
-    program = ["-c", script] if script else ["-m", "msjax.compile"]
-    return subprocess.run(
-      [sys.executable, *program, f"--config={path}", *flags],
-      capture_output=True,
-      text=True,
-      env={**os.environ, "COLUMNS": "80"},
-    )
+    words, env = (f"--config={path}", *flags), {**os.environ, "COLUMNS": "80"}
+    if not script:
+      return forked.run("msjax.compile", *words, env=env, timeout=600)
+    command = [sys.executable, "-c", script, *words]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
   return call
 

@@ -1,9 +1,9 @@
 import json
-import subprocess
-import sys
 import types
 
+import forked
 import pytest
+from train_cases import environment  # noqa: F401 - a fixture
 
 from msjax import config_flag
 from msjax.config import Config, DataConfig
@@ -97,12 +97,12 @@ def test_the_config_is_validated_and_has_to_be_one():
 
 
 def test_print_config_prints_what_a_config_is_read_from(file):
-  command = [
-    *(sys.executable, "-m", "msjax.train", f"--config={file}", "--workdir=some/where"),
+  words = [
+    *(f"--config={file}", "--workdir=some/where"),
     *("--config.train.steps=7", "--config.optim.learning_rate=0.5", "--config.data.pack"),
     *("--config.streams=('a:input','b:output:2')", "--on_bad_record=skip", "--print_config"),
   ]
-  done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+  done = forked.run("msjax.train", *words)
   assert (done.returncode, done.stderr) == (0, "")
   config = Config.from_json(json.loads(done.stdout))
   config.validate()

@@ -6,6 +6,7 @@ import resource
 import subprocess
 import sys
 
+import forked
 import huggingface_hub
 import jax
 import numpy as np
@@ -43,14 +44,7 @@ FAMILIES = {
   },
   "llama_biased": {"qk_norm": False, "qkv_bias": True, "out_bias": True, "mlp_bias": True},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def for_small_models():
-  """Compiles without care: sooner done where products are small."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def model_of(family="qwen3", tokenizer=BPE, same_row="inputs", skip_silence=False, **fields):
@@ -172,7 +166,7 @@ def test_the_command_exports_and_verifies(tmp_path):
   assert set(manifest["sha256"]) == {
     path.name for path in (tmp_path / "out").iterdir() if path.name != "msjax_manifest.json"
   }
-  again = subprocess.run(command, capture_output=True, text=True, timeout=180)
+  again = forked.run("msjax.export_hf", *words)
   assert again.returncode == 2 and "out: exists; expected the name of a folder" in again.stderr
 
 

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import forked
 import huggingface_hub
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from msjax.workdir import WorkDir
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TEN = tuple(f"s{i}:internal" for i in range(10))
 TWO = ("user:input", "output:output")
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def folder(path, config, weights, shards=1):
@@ -133,7 +135,7 @@ def test_the_command_says_what_came_in(release, tmp_path):
   assert (done.returncode, done.stderr) == (0, "")
   told = json.loads(done.stdout)
   assert told["silence"] == "<silence>" and told["stream_embedding"] == "checkpoint"
-  again = subprocess.run(command, capture_output=True, text=True, timeout=180)
+  again = forked.run("msjax.import_hf", *command[3:])
   assert again.returncode == 2
   assert "holds a run already; choose another work directory" in again.stderr
 
@@ -159,21 +161,11 @@ def test_a_folder_is_loaded_as_it_is(release, plain):
 
 
 def test_usual_names_have_kinds(plain, tmp_path):
-  command = [
-    sys.executable,
-    "-m",
-    "msjax.import_hf",
-    f"--from={plain[0]}",
-    f"--to={tmp_path / 'run'}",
-  ]
-  wrong = subprocess.run(
-    [*command, "--streams=user,usr"], capture_output=True, text=True, timeout=180
-  )
+  words = [f"--from={plain[0]}", f"--to={tmp_path / 'run'}"]
+  wrong = forked.run("msjax.import_hf", *words, "--streams=user,usr")
   assert wrong.returncode == 2
   assert "--streams: 'usr' is none of user, human," in wrong.stderr
-  done = subprocess.run(
-    [*command, "--streams=user,think,out:output:2"], capture_output=True, text=True, timeout=180
-  )
+  done = forked.run("msjax.import_hf", *words, "--streams=user,think,out:output:2")
   assert (done.returncode, done.stderr) == (0, "")
   assert "streams user, think, out; their embeddings: normal" in done.stdout
   streams = WorkDir(tmp_path / "run").streams()

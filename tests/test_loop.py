@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from msjax.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from msjax.data import load
@@ -27,25 +26,7 @@ from msjax.workdir import WorkDir
 SMALL = ModelConfig(dim=8, layers=1, heads=2, kv_heads=1, head_dim=4, mlp_dim=8)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """Most runs here are of the same few programs, and none runs for long."""
-  settings = {
-    "jax_disable_most_optimizations": True,
-    "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": 0,
-  }
-  before = {name: jax.config.values[name] for name in settings}
-
-  def use(values):
-    for name, value in values.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-  use(settings)
-  yield
-  use(before)
+pytestmark = pytest.mark.usefixtures("compiled_once")  # most runs are of the same few programs
 
 
 def arithmetic(**changes):

@@ -5,10 +5,9 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -85,16 +84,18 @@ class Run:
           f"--num_processes={count}",
           f"--process_id={process}",
         ]
-      with open(self.logs[process], "w") as log:
-        self.processes.append(
-          subprocess.Popen(
-            [sys.executable, "-m", "msjax.train", *arguments],
-            cwd=place,
-            stdout=log,
-            stderr=log,
-            umask=0o077 if process else 0o022,  # tells who has made a file
-          )
+      log = self.logs[process]
+      log.touch()
+      self.processes.append(
+        forked.start(
+          "msjax.train",
+          *arguments,
+          cwd=place,
+          stdout=log,
+          stderr=log,
+          umask=0o077 if process else 0o022,  # tells who has made a file
         )
+      )
     self.workdir = WorkDir(places[0] / workdir)
 
   def __enter__(self):

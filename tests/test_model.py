@@ -38,6 +38,7 @@ CONFIG = Config(
   model=TINY,
 )
 STREAMS = CONFIG.stream_set(SILENCE)
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def random_params():

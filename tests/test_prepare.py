@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import forked
 import numpy as np
 import pytest
 from rich.cells import cell_len
@@ -39,8 +40,7 @@ def prepare(tmp_path):
   def call(records, *flags):
     lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    command = [sys.executable, "-m", "msjax.prepare", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    return forked.run("msjax.prepare", *flags, cwd=tmp_path)
 
   return call
 
@@ -68,8 +68,10 @@ def test_messages_become_spans_and_spans_the_same_tables(prepare, tmp_path):
   assert json.loads((tmp_path / "tables.jsonl").read_text())["num_rows"] == 6
 
 
-def test_the_input_is_not_written_over(prepare, tmp_path):
-  done = prepare([CHAT], "--input=in.jsonl", "--output=./in.jsonl")
+def test_the_input_is_not_written_over(tmp_path):
+  (tmp_path / "in.jsonl").write_text(json.dumps(CHAT))
+  command = [sys.executable, "-m", "msjax.prepare", "--input=in.jsonl", "--output=./in.jsonl"]
+  done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
   assert done.returncode == 2
   assert "--output: ./in.jsonl is the input, which would be lost; name another" in done.stderr
   assert json.loads((tmp_path / "in.jsonl").read_text()) == CHAT

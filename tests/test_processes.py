@@ -1,10 +1,11 @@
 import contextlib
 import os
+import pathlib
 import signal
-import subprocess
-import sys
+import tempfile
 import threading
 
+import forked
 import jax
 import pytest
 from jax._src.clusters import cloud_tpu_cluster
@@ -52,17 +53,21 @@ def command(port, process, count=2, then="", timeout=DEADLINE, **environment):
     "startup_timeout": timeout,
   }
   program = COMMAND.format(then=then, tests=os.path.dirname(__file__))
-  with subprocess.Popen(
-    [sys.executable, "-c", program, *(f"--{name}={value}" for name, value in words.items())],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-    env={**os.environ, **environment},
-  ) as running:
+  with tempfile.TemporaryDirectory() as place:
+    said = pathlib.Path(place) / "said"
+    os.mkfifo(said)
+    running = forked.start(
+      program,
+      *(f"--{name}={value}" for name, value in words.items()),
+      stdout=said,
+      stderr=said,
+      env={**os.environ, **environment},
+    )
     watchdog = threading.Timer(DEADLINE, running.kill)
     watchdog.start()
     try:
-      yield running, map(str.rstrip, running.stdout)
+      with said.open() as lines:
+        yield running, map(str.rstrip, lines)
     finally:
       running.kill()
       watchdog.cancel()

@@ -44,13 +44,11 @@ def model_of(family, tied_head=True, streams=STREAMS):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def for_small_models():
-  """Compiles without care, and computes in one thread: sooner done where products are small."""
+def one_thread():
+  """Sooner done where products are small."""
   threads = torch.get_num_threads()
   torch.set_num_threads(1)
-  jax.config.update("jax_disable_most_optimizations", True)
   yield
-  jax.config.update("jax_disable_most_optimizations", False)
   torch.set_num_threads(threads)
 
 

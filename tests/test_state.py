@@ -171,11 +171,15 @@ def test_remat_computes_again_what_it_says():
   assert none["rsqrt"] < dots["rsqrt"] <= full["rsqrt"]  # of the norms
 
 
+@functools.cache
+def after_a_step(policy):
+  return jit(learner_of(remat=policy).step)(first_state(), cut(random_batch(), 1))
+
+
 @pytest.mark.parametrize("policy", POLICIES[1:])
 def test_remat_changes_memory_alone(policy):
-  batch = cut(random_batch(), 1)
-  kept, scalars = jit(learner_of(remat="none").step)(first_state(), batch)
-  again, scalars_again = jit(learner_of(remat=policy).step)(first_state(), batch)
+  kept, scalars = after_a_step("none")
+  again, scalars_again = after_a_step(policy)
   close(again.opt_state, kept.opt_state, rtol=1e-4, atol=1e-7)  # Adam's moments: the gradients
   close(scalars_again, scalars)
 

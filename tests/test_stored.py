@@ -23,9 +23,13 @@ CONFIG = Config(
 LEARNER = Learner(CONFIG, CONFIG.stream_set(silence_id=1), 11)
 
 
+def on_a_mesh():
+  return jax.set_mesh(make_mesh(CONFIG.mesh, jax.devices()[:1]))
+
+
 @pytest.fixture(autouse=True)
 def mesh():
-  with jax.set_mesh(make_mesh(CONFIG.mesh, jax.devices()[:1])):
+  with on_a_mesh():
     yield
 
 
@@ -40,11 +44,12 @@ def batch():
   return sharding.joined(grids, 1, 2)
 
 
-@pytest.fixture
-def file(tmp_path):
-  compiled = program(LEARNER, LEARNER.abstract(), batch())
-  stored.save(tmp_path / "step", LEARNER, compiled)
-  return tmp_path / "step"
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+  path = tmp_path_factory.mktemp("stored") / "step"
+  with on_a_mesh():
+    stored.save(path, LEARNER, program(LEARNER, LEARNER.abstract(), batch()))
+  return path
 
 
 def test_a_step_read_back_is_the_step(file):

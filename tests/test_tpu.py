@@ -84,7 +84,7 @@ def test_is_dense_attention(small, shape, sizes, cut):
   arrays, d_out = case(*shape)
   run = compiled()
 
-  @hypothesis.settings(max_examples=6, deadline=None)
+  @hypothesis.settings(max_examples=4, deadline=None)
   @hypothesis.given(GRIDS)
   @hypothesis.example(Grid(10))
   @hypothesis.example(Grid(7, "visible", segment=20, holes=0.2))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -55,21 +56,11 @@ def arguments(*words, config="run.py", workdir="run"):
 
 
 def command(*words, **options):
-  return subprocess.run(
-    [sys.executable, "-m", "msjax.train", *arguments(*words, **options)],
-    capture_output=True,
-    text=True,
-    timeout=DEADLINE,
-  )
+  return forked.run("msjax.train", *arguments(*words, **options), timeout=DEADLINE)
 
 
-def started(*words, **options):
-  return subprocess.Popen(
-    [sys.executable, "-m", "msjax.train", *arguments(*words, **options)],
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
+def started(*words, log=os.devnull, **options):
+  return forked.start("msjax.train", *arguments(*words, **options), stdout=os.devnull, stderr=log)
 
 
 def metrics(workdir="run"):
@@ -109,9 +100,7 @@ def kill(process, moment):
   deadline = time.monotonic() + DEADLINE
   try:
     while time.monotonic() < deadline:
-      process.send_signal(signal.SIGSTOP)
-      _, status = os.waitpid(process.pid, os.WUNTRACED)
-      assert os.WIFSTOPPED(status), "the run ended before the moment came"
+      assert process.stop(), "the run ended before the moment came"
       if moment():
         return
       process.send_signal(signal.SIGCONT)
@@ -119,7 +108,7 @@ def kill(process, moment):
     raise AssertionError("the moment did not come")
   finally:
     process.kill()
-    process.communicate()
+    process.wait()
 
 
 def before_the_first_step():
@@ -197,7 +186,12 @@ def test_a_signal_while_it_starts_is_one_line(place, monkeypatch, name, status, 
   (place / "stub").mkdir()
   (place / "stub" / "torch.py").write_text(imports)  # which tensorboardX tries
   monkeypatch.setenv("PYTHONPATH", str(place / "stub"), prepend=os.pathsep)
-  done = command()
+  done = subprocess.run(
+    [sys.executable, "-m", "msjax.train", *arguments()],
+    capture_output=True,
+    text=True,
+    timeout=DEADLINE,
+  )
   assert (done.returncode, done.stdout) == (status, "")
   assert done.stderr == f"msjax.train: {word}; run again to go on\n"
   assert not (place / "run").exists()
@@ -208,14 +202,13 @@ def test_a_run_is_stopped_goes_on_and_reports(place):
   (place / "chats.py").write_text(CHATS)
   write(place / "train.jsonl", *(chat(i) for i in range(12)))
   write(place / "valid.jsonl", *(chat(i) for i in range(12, 16)))
-  process = started(config="chats.py")
+  process = started(config="chats.py", log="log")
   wait_for_step(process, 3)
   with pytest.raises(InputError, match=f"process {process.pid} is at work there"):
     WorkDir("run").lock().__enter__()
   process.send_signal(signal.SIGINT)
-  _, log = process.communicate(timeout=DEADLINE)
-  assert process.returncode == 42
-  acknowledged, line = complaints(log)
+  assert process.wait(DEADLINE) == 42
+  acknowledged, line = complaints((place / "log").read_text())
   assert acknowledged == "stopping: this step is taken and saved first"
   (step,) = re.fullmatch(
     r"msjax.train: stopped: by a signal, saved at step (\d+); run again to go on", line

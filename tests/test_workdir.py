@@ -1,9 +1,8 @@
 import json
 import logging
 import os
-import subprocess
-import sys
 
+import forked
 import pytest
 
 from msjax.config import Config, DataConfig, ModelConfig, RopeScaling, TrainConfig
@@ -155,20 +154,23 @@ def test_the_silence_that_was_chosen_comes_back_with_the_tokenizer(tmp_path):
 # The lock.
 
 
-def test_a_second_trainer_is_refused_and_told_who_holds_the_directory(tmp_path):
-  workdir = WorkDir(tmp_path / "run")
-  other = f"""
+IMPORTS = """
+import os, signal
 from msjax.errors import InputError
 from msjax.workdir import WorkDir
+"""
+
+
+def test_a_second_trainer_is_refused_and_told_who_holds_the_directory(tmp_path):
+  workdir = WorkDir(tmp_path / "run")
+  other = f"""{IMPORTS}
 try:
   with WorkDir({str(workdir.path)!r}).lock():
     print("locked")
 except InputError as error:
   print(error)
 """
-  attempt = lambda: (
-    subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, timeout=60).stdout
-  )
+  attempt = lambda: forked.run(other).stdout
   with workdir.lock():
     assert f"process {os.getpid()} is at work there" in attempt()
     with pytest.raises(InputError, match="is at work there; wait for it or use another"):
@@ -177,13 +179,11 @@ except InputError as error:
 
 
 def test_a_lock_ends_with_its_process_however_it_ends(tmp_path):
-  holder = f"""
-import os, signal
-from msjax.workdir import WorkDir
+  holder = f"""{IMPORTS}
 with WorkDir({str(tmp_path)!r}).lock():
   os.kill(os.getpid(), signal.SIGKILL)
 """
-  assert subprocess.run([sys.executable, "-c", holder], timeout=60).returncode == -9
+  assert forked.run(holder).returncode == -9
   assert (tmp_path / ".lock").read_text().isdigit()
   with WorkDir(tmp_path).lock():
     assert (tmp_path / ".lock").read_text() == str(os.getpid())
