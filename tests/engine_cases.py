@@ -22,14 +22,6 @@ STREAMS = Streams(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_in_a_hurry():
-  """Compiling takes most of the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(autouse=True)
 def small_key_blocks(monkeypatch):
   """So that a few rows fill several."""

@@ -13,7 +13,6 @@ from engine_cases import (
   ROWS,
   SILENCE,
   VOCAB,
-  compiled_in_a_hurry,  # noqa: F401
   engine,
   model,
   prompt,

@@ -7,7 +7,6 @@ import pytest
 from engine_cases import (
   HOT,
   PLACES,
-  compiled_in_a_hurry,  # noqa: F401
   engine,
   prompt,
   run,

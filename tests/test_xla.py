@@ -109,11 +109,8 @@ def test_no_bit_depends_on_the_room_of_a_cache(optimized, sessions, queries):
 
 @pytest.fixture
 def optimized():
-  """Compiles as elsewhere than in tests."""
-  before = jax.config.jax_disable_most_optimizations
+  """Compiles as elsewhere than in tests (see conftest.py)."""
   jax.config.update("jax_disable_most_optimizations", False)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 def test_is_stable_for_large_scores(blocks):
