@@ -23,14 +23,6 @@ SYSTEM, USER = 0, 1
 NO_END = VOCAB - 1
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_in_a_hurry():
-  """Compiling takes most of the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def model():
   return Unrolled.of(module(STREAMS))

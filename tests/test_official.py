@@ -38,14 +38,6 @@ TABLE = FIGURES["input_ids"][0].reshape(-1, 10)
 GREEDY = Options(seeds=SEEDS, temperature=0.0, max_rows=16, silence_penalty=0.0, early_exit=0)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_in_a_hurry():
-  """Compiling takes most of the time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
-
-
 @functools.cache
 def engine(skip_silence=False):
   model = official.skipping_silence(Unrolled.of(module(TEN)), skip_silence)

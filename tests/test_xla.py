@@ -82,15 +82,6 @@ def test_is_dense_attention(blocks, heads, length, keys, sizes):
     np.testing.assert_allclose(a, b, atol=2e-5, rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("at_once", [1 << 20, 16], ids=["at once", "in turn"])
-def test_rows_against_a_cache_are_dense_attention(blocks, monkeypatch, at_once):
-  blocks(256, 8)
-  monkeypatch.setattr(xla, "_AT_ONCE", at_once)
-  (q, k, v), d_out, visibility = random_case(6, 2, 3, 32)
-  ours = jit(xla.of_rows)(q, k, v, visibility)
-  np.testing.assert_allclose(ours, dense(q, k, v, visibility, d_out)[0], atol=2e-5, rtol=0)
-
-
 @pytest.mark.parametrize(("sessions", "queries"), [(1, 10), (3, 2), (3, 10), (3, 80)])
 def test_no_bit_depends_on_the_room_of_a_cache(optimized, sessions, queries):
   """So that no session feels how long others are; as the sums are compiled for use."""
@@ -103,7 +94,7 @@ def test_no_bit_depends_on_the_room_of_a_cache(optimized, sessions, queries):
     own = np.tile(np.arange(fed - queries, fed, dtype=np.int32), (sessions, 1))
     key_ok = np.tile(np.arange(cells) < fed, (sessions, 1))
     visibility = Visibility(np.zeros_like(own), np.full_like(own, fed - queries), own, key_ok)
-    found.add(np.asarray(jit(xla.of_rows)(q, room(k), room(v), visibility)).tobytes())
+    found.add(np.asarray(jit(attention)(q, room(k), room(v), visibility)).tobytes())
   assert len(found) == 1
 
 

@@ -142,7 +142,7 @@ class Unrolled(Prepared):
         v_cache[i] = _write(v_cache[i], v, at)
         if look:
           attention.append(attended(_swap(q), k_cache[i], visibility, self.trunk.streams))
-        return _swap(xla.of_rows(_swap(q), k_cache[i], v_cache[i], visibility))
+        return _swap(xla.attention(_swap(q), k_cache[i], v_cache[i], visibility))
 
       x = block(x, attend, sharding.CELLS_WHOLE)
     return x, tuple(k_cache), tuple(v_cache), sum(attention) / len(self.layers) if look else None

@@ -19,8 +19,6 @@ from msjax.streams import Visibility
 
 QUERY_BLOCK = 128
 KEY_BLOCK = 128
-_FEW = 64  # queries, at most, whose scores may be there at once
-_AT_ONCE = 4096  # keys that they are of
 _NEVER = -1e30  # a finite stand-in for -inf: exp(x - _NEVER) is masked, never NaN
 
 
@@ -63,36 +61,6 @@ def attention(
   key = dropout.key if dropout else None
   out = _attention(blocks, q, k, v, visibility, key)
   return out[:, :, :, :L].reshape(B, N, L, H)
-
-
-def of_rows(q: jax.Array, k: jax.Array, v: jax.Array, visibility: Visibility) -> jax.Array:
-  """Attention of rows that are fed to a cache; arguments and result as of `attention`.
-
-  Rows of many sessions take half the time on CPU where the scores of thousands of keys are there at
-  once. Products and sums go by blocks all the same, one block after another, so that not a bit of
-  them depends on how much room the cache has.
-  """
-  B, N, L, H = q.shape
-  K, M = k.shape[1:3]
-  if B == 1 or L > _FEW or M % KEY_BLOCK:
-    return attention(q, k, v, visibility)
-  q, seen = q.reshape(B, K, -1, H), jnp.swapaxes(visibility.dense(), 1, 2)
-  top, total = jnp.full(q.shape[:3], _NEVER), jnp.zeros(q.shape[:3])
-  out = jnp.zeros(q.shape, jnp.float32)
-  f32 = {"preferred_element_type": jnp.float32}
-  blocks = lambda x, at: x[:, :, at : at + _AT_ONCE].reshape(B, K, -1, KEY_BLOCK, H)
-  for at in range(0, M, _AT_ONCE):
-    # Keys stand on the left: the other way round takes up to twice as long.
-    s = jnp.einsum("bknch,bkqh->bkncq", blocks(k, at), q, **f32) / math.sqrt(H)
-    ok = seen[:, at : at + _AT_ONCE].reshape(B, 1, *s.shape[2:4], 1, L)
-    s = jnp.where(ok, s.reshape(*s.shape[:4], -1, L), _NEVER).reshape(s.shape)
-    new_top = jnp.maximum(top, s.max((2, 3)))
-    p, shrink = jnp.exp(s - new_top[:, :, None, None]), jnp.exp(top - new_top)
-    products = jnp.einsum("bkncq,bknch->bknqh", p.astype(v.dtype), blocks(v, at), **f32)
-    total = total * shrink + p.sum(3).sum(2)
-    out = out * shrink[..., None] + products.sum(2)
-    top = new_top
-  return (out / total[..., None]).astype(q.dtype).reshape(B, N, L, H)
 
 
 @dataclasses.dataclass(frozen=True)
