@@ -25,11 +25,17 @@ _AT = flags.DEFINE_multi_string("at", [], "ROW:STREAM:TEXT, text for an input st
 _ROWS = flags.DEFINE_integer(
   "rows", None, "rows to make; by default until all is read and four rows passed in silence"
 )
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "0 takes the likeliest token", 0.0)
+_TEMPERATURE = flags.DEFINE_float(
+  "temperature",
+  None,
+  "of all tokens alike, 0 takes the likeliest; by default words are drawn at 0.8 with top_p 0.95, "
+  "and whether to speak as often as in training",
+  0.0,
+)
 _POLICY = flags.DEFINE_multi_string(
   "policy", [], "[STREAM:]NAME=VALUE,... as in think:temperature=0.7,silence.longest=8; repeatable"
 )
-_SEED = flags.DEFINE_integer("seed", 0, "of what is drawn when the temperature is above 0", 0)
+_SEED = flags.DEFINE_integer("seed", 0, "of what is drawn", 0)
 _MODEL_CHIPS = flags.DEFINE_integer(
   "model_chips", 1, "chips that share the model's heads and MLP, for one that fits none alone", 1
 )
@@ -67,7 +73,8 @@ def main(_) -> None:
     if logged:
       live.replay(model, logged, _JSONL.value)
       return
-    policies = policy.by_stream(_POLICY.value, model.streams.names, Policy(_TEMPERATURE.value))
+    base = policy.TALK if _TEMPERATURE.value is None else Policy(_TEMPERATURE.value)
+    policies = policy.by_stream(_POLICY.value, model.streams.names, base)
     options = {"policies": policies, "seed": _SEED.value}
     if _PROMPTS.value:
       prompts.answer(model, _PROMPTS.value, _OUT.value, places=_SESSIONS.value, **options)

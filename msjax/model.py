@@ -17,7 +17,7 @@ from flax import nnx
 from msjax import mesh
 from msjax.config import Config, LossConfig
 from msjax.decoding.engine import Engine
-from msjax.decoding.policy import Policy
+from msjax.decoding.policy import TALK, Policy
 from msjax.decoding.prepared import prepare
 from msjax.errors import InputError, nearest
 from msjax.fingerprint import fingerprint
@@ -28,8 +28,6 @@ from msjax.text.tokenizer import Tokenizer
 from msjax.training.checkpoint import load_params
 from msjax.training.state import Learner, Params, summarize
 from msjax.workdir import WorkDir
-
-_GREEDY = Policy()
 
 
 class Model:
@@ -167,7 +165,7 @@ class Model:
     inputs: Mapping[str, str] = {},
     at: Iterable[tuple[int, str, str]] = (),
     rows: int | None = None,
-    temperature: float = 0.0,
+    temperature: float | None = None,
     seed: int = 0,
     policies: Mapping[str, Policy] | Policy | None = None,
   ) -> Iterator[Row]:
@@ -178,15 +176,16 @@ class Model:
       at: (row, input stream, text): read from that row on; where the stream is still being read,
         right after.
       rows: how many to make; None: until the text is read and four rows passed in silence.
-      temperature: 0 takes the likeliest token.
+      temperature: one for all tokens, 0 takes the likeliest; None: as `policy.TALK` has it.
       seed: of what is drawn.
-      policies: by stream, or one for all, in place of the temperature.
+      policies: by stream, or one for all, in place of that.
 
     Raises:
       InputError: an unknown stream, one that is no input, a row that is never reached, a
         policy out of range.
     """
-    policies = Policy(temperature) if policies is None else policies
+    if policies is None:
+      policies = TALK if temperature is None else Policy(temperature)
     engine, conversation = begun(self, Prompt(inputs, tuple(at), rows), policies, seed)
 
     def written():  # what is wrong is told before the first row is asked for
@@ -200,7 +199,7 @@ class Model:
     self,
     prompts: Iterable[tuple[int, Prompt]],
     places: int = 8,
-    policies: Mapping[str, Policy] | Policy = _GREEDY,
+    policies: Mapping[str, Policy] | Policy = TALK,
     seed: int = 0,
   ) -> Iterator[tuple[int, list[Row], str]]:
     """Lets many conversations go on side by side; see `conversation.answers`."""

@@ -143,29 +143,32 @@ def test_pieces_of_text_join_to_what_the_stream_says():
 
 
 def test_a_character_left_open_is_told_at_the_end():
-  rows = list(parrot(0, 0xE2, 0, SILENCE).generate({"user": "a"}, rows=2))
+  rows = list(parrot(0, 0xE2, 0, SILENCE).generate({"user": "a"}, rows=2, temperature=0))
   assert said(rows, "output") == "\N{REPLACEMENT CHARACTER}"
 
 
 def test_rows_depend_on_the_seed_only_when_drawn():
   run = lambda **kwargs: list(talker().generate({"user": "hello"}, rows=12, **kwargs))
-  assert run() == run(seed=3)
+  assert run(temperature=0) == run(temperature=0, seed=3)
+  assert run(seed=3) == run(seed=3) != run(seed=4)
   assert run(temperature=1.0, seed=3) == run(temperature=1.0, seed=3)
   assert run(temperature=1.0, seed=3) != run(temperature=1.0, seed=4)
 
 
 def test_generation_ends_when_all_is_read_and_quiet():
   quiet = parrot(0, SILENCE, 0, END)  # what it would say in input streams is never heard
-  assert len(list(quiet.generate({"user": "abc"}))) == 4 + 4  # abc<end>, and four in silence
-  assert len(list(quiet.generate({"user": "abc"}, at=[(9, "tool", "x")]))) == 11 + 4
-  assert len(list(quiet.generate())) == 1 + 4
-  assert len(list(quiet.generate({"user": "abc"}, rows=20))) == 20
+  assert (
+    len(list(quiet.generate({"user": "abc"}, temperature=0))) == 4 + 4
+  )  # abc<end>, and four in silence
+  assert len(list(quiet.generate({"user": "abc"}, at=[(9, "tool", "x")], temperature=0))) == 11 + 4
+  assert len(list(quiet.generate(temperature=0))) == 1 + 4
+  assert len(list(quiet.generate({"user": "abc"}, rows=20, temperature=0))) == 20
 
 
 def test_generation_of_a_babbler_ends_all_the_same(monkeypatch):
   monkeypatch.setattr(msjax.talk.conversation, "_LONGEST_ANSWER", 10)
   babbler = parrot(0, ord("x"), 0, SILENCE)
-  rows = list(babbler.generate({"user": "abc"}))
+  rows = list(babbler.generate({"user": "abc"}, temperature=0))
   assert len(rows) == 4 + 10
   assert said(rows, "output") == "x" * 13  # all rows but the first
   assert said(rows, "think") == ""
@@ -175,7 +178,9 @@ def test_text_may_come_later_and_queues_up_in_order():
   quiet = parrot(0, SILENCE, 0, SILENCE)
   rows = list(
     quiet.generate(
-      {"user": "abc"}, at=[(6, "user", "d"), (2, "user", "ef"), (2, "tool", "x"), (2, "user", "g")]
+      {"user": "abc"},
+      at=[(6, "user", "d"), (2, "user", "ef"), (2, "tool", "x"), (2, "user", "g")],
+      temperature=0,
     )
   )
   user = "".join({END: "|", SILENCE: "."}.get(t := row.tokens["user"]) or chr(t) for row in rows)

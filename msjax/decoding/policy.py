@@ -202,6 +202,11 @@ def by_stream(words: Sequence[str], names: Sequence[str], base: Policy = Policy(
 
 _LEAST_SHARES = 16  # so that short texts share a program
 
+# What is drawn unless something else is asked for: a stream speaks as often as in its data, and
+# says likely things, but not the same for ever. Whoever takes the likeliest token, silence among
+# them, is mute where silence is likelier than any one word, and else repeats itself.
+TALK = Policy(0.8, top_p=0.95, silence=Silence(apart=True))
+
 # The official release's: its Section 7 model, text known beforehand and live.
 OFFICIAL_SCRIPTED = Silence(penalty=10.0, ramp=5, lead=True)
 OFFICIAL_LIVE = Silence(penalty=10.0, ramp=5)

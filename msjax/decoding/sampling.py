@@ -194,8 +194,8 @@ def _drawn(
   def by_chance():
     place = silence_id - ids[0]
     rests = knobs.apart & _rests(logits, top, place, stream_keys(keys))
-    words = _lowered(logits, place, jnp.where(knobs.apart, jnp.inf, 0.0))
-    scores = jax.lax.cond(_anywhere(hot), lambda: noised(words), lambda: words)
+    words = jnp.where(knobs.apart[..., None] & (ids == silence_id), -jnp.inf, logits)
+    scores = noised(words)
     return jnp.where(rests, silence_id, _likeliest(scores, _highest(scores), ids))
 
   likeliest = lambda: _likeliest(logits, top, ids)
