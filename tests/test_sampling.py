@@ -357,3 +357,44 @@ def test_a_past_begins_where_inputs_do_not_exist():
   assert np.asarray(past.listened).tolist() == [0, 0]
   past = past.with_row(np.array([[SILENCE], [3]], np.int32), alone)
   assert np.asarray(past.quiet).tolist() == [1, 1]
+
+
+# Whether to speak, apart from what is said.
+
+
+def test_who_draws_it_apart_speaks_as_often_as_the_model_has_it():
+  """However cold the words are, and however much is cut off."""
+  rows, silence = 4000, 2
+  logits = np.log(np.array([0.02, 0.03, 0.9, 0.05]))
+  cold = Policy(0.1, top_k=1, silence=Silence(apart=True))
+  drawn = many(logits, cold, silence, rows)
+  assert abs(np.mean(drawn != silence) - 0.1) < 4 * (0.09 / rows) ** 0.5
+  assert set(drawn[drawn != silence]) == {3}
+  warm = many(logits, Policy(1.0, silence=Silence(apart=True)), silence, rows)
+  counts = np.bincount(warm, minlength=4) / rows
+  np.testing.assert_allclose(counts, [0.02, 0.03, 0.9, 0.05], atol=0.02)
+  # As one draw, the silence is never broken.
+  assert set(many(logits, Policy(0.1), silence, rows)) == {silence}
+  penalised = Policy(0.1, silence=Silence(penalty=np.log(9), lead=True, apart=True))
+  assert abs(np.mean(many(logits, penalised, silence, rows) == silence) - 0.5) < 0.04
+
+
+def test_greedy_words_may_be_drawn_apart_from_silence_too():
+  logits = np.log(np.array([0.1, 0.2, 0.6, 0.1]))
+  drawn = many(logits, Policy(silence=Silence(apart=True)), 2, 2000)
+  assert set(drawn) == {1, 2} and abs(np.mean(drawn == 2) - 0.6) < 0.05
+
+
+def many(logits, policy, silence, rows):
+  """Draws so many times from the same logits; one stream, no inputs."""
+  streams = Streams((Stream.parse("out:output"),), silence)
+  knobs = Knobs.of([[policy]])
+  past = Past.empty(1, streams, 0)
+
+  def draw(key):
+    reading = jnp.zeros(1, bool)
+    return sample(
+      jnp.array(logits, jnp.float32)[None, None], knobs, past, reading, silence, key[None]
+    )
+
+  return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), rows)))[:, 0, 0]
