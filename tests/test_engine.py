@@ -187,6 +187,17 @@ def test_who_is_read_in_holds_nobody_up():
   assert len(late.rows) == 16
 
 
+def test_room_grows_with_what_is_read_and_no_more():
+  here = engine(rows=12)
+  cells = here.state.cache.capacity
+  session = here.join(np.tile(prompt(2), (2, 1))[:11])  # by itself it has room for 16 rows
+  while len(session.rows) < 12:
+    here.step()
+  assert here.state.cache.capacity == cells
+  here.step()
+  assert here.state.cache.capacity == 2 * cells
+
+
 def test_a_token_enters_with_the_next_row():
   here = engine()
   session, other = here.join(), here.join()

@@ -35,3 +35,8 @@ class Cache:
     more = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, cells), (0, 0)])
     k, v = jax.tree.map(more, (self.k, self.v))
     return Cache(k, v, jnp.pad(self.key_ok, [(0, 0), (0, cells)]), self.row)
+
+  def cut(self, cells: int) -> "Cache":
+    """Returns the same cache with room for `cells` cells in all; what was in others is lost."""
+    k, v = jax.tree.map(lambda x: x[:, :, :cells], (self.k, self.v))
+    return Cache(k, v, self.key_ok[:, :cells], self.row)

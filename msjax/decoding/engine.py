@@ -296,8 +296,11 @@ class Engine:
 
   def _put(self, session: Session, one: State) -> None:
     """Puts a session into its place."""
-    one = dataclasses.replace(one, keys=_key(session)[None])
-    self._grow(one.cache.capacity)
+    self._grow((session.context + 1) * len(self.streams))
+    cache = one.cache
+    if cache.capacity > (room := self.state.cache.capacity):  # it had room for more than it read
+      cache = cache.cut(room)
+    one = dataclasses.replace(one, cache=cache, keys=_key(session)[None])
     self._told[session.place] = np.asarray(one.proposal)[0]
     self.state = tick_lib.put(self.model, self.state, one, np.int32(session.place))
 

@@ -111,10 +111,7 @@ def _trimmed(state: State) -> State:
   """Without the cells of the cache that nothing was written to."""
   cache = state.cache
   S = state.proposal.shape[1]
-  cells = int(cache.row[0]) * S
-  k, v = jax.tree.map(lambda x: x[:, :, :cells], (cache.k, cache.v))
-  cache = dataclasses.replace(cache, k=k, v=v, key_ok=cache.key_ok[:, :cells])
-  return dataclasses.replace(state, cache=cache)
+  return dataclasses.replace(state, cache=cache.cut(int(cache.row[0]) * S))
 
 
 def _state(path: pathlib.Path, model: Prepared, arrays: Mapping[str, np.ndarray]) -> State:
