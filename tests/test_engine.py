@@ -572,3 +572,22 @@ def test_a_look_tells_where_attention_went():
   for row, look in session.looks.items():
     np.testing.assert_allclose(look.attention.sum(-1), 1.0, atol=1e-5)
     assert (look.attention > 0).all(), row
+
+
+def test_other_numbers_of_places_give_the_same_logits():
+  """To 1e-4; bits are promised among as many places alone."""
+
+  def lived(places, policy):
+    here = Engine(unrolled(), places, rows=64, rows_at_once=AT_ONCE)
+    session = here.join(prompt(2), policy, seed=3, looks=4, stop=Stop(rows=30))
+    for n in range(1, places):
+      here.join(prompt(n), policy, number=n)
+    while session.reason is None:
+      here.step()
+    return session
+
+  for policy in (Policy(), HOT):
+    one, other = lived(1, policy), lived(PLACES, policy)
+    np.testing.assert_array_equal(one.rows, other.rows)
+    for row, look in one.looks.items():
+      np.testing.assert_allclose(look.log_probs, other.looks[row].log_probs, atol=1e-4)
