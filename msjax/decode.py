@@ -51,6 +51,14 @@ _INTERACTIVE = flags.DEFINE_bool(
 _LOG = flags.DEFINE_string("log", None, "file that gets the log of the one session")
 _REPLAY = flags.DEFINE_string("replay", None, "log to replay")
 
+# Flags that would be given in vain.
+_UNREAD = {
+  "--prompts": ("user", "at", "rows", "jsonl", "log"),
+  "--interactive": ("user", "at", "rows", "out", "sessions"),
+  "--replay": ("user", "at", "rows", "temperature", "policy", "seed", "out", "sessions", "log"),
+  "the conversation": ("out", "sessions"),
+}
+
 
 def main(_) -> None:
   """Does what one of the modes says; see the module."""
@@ -58,6 +66,10 @@ def main(_) -> None:
   chosen = [f"--{name}" for name, flag in modes.items() if flag.value]
   if len(chosen) > 1:
     raise InputError(f"{' and '.join(chosen)}: expected one of them")
+  mode = chosen[0] if chosen else "the conversation"
+  for name in _UNREAD[mode]:
+    if flags.FLAGS[name].present:
+      raise InputError(f"--{name}: {mode} does not read it; leave it out")
   logged = Logged.read(_REPLAY.value) if _REPLAY.value else None
   workdir, step = _WORKDIR.value, _STEP.value
   if logged and not workdir:
@@ -79,6 +91,7 @@ def main(_) -> None:
     if _PROMPTS.value:
       prompts.answer(model, _PROMPTS.value, _OUT.value, places=_SESSIONS.value, **options)
       return
+    step = "latest" if model.step is None else model.step  # of a folder there is but one
     log = live.LogTo(_LOG.value, {"workdir": workdir, "step": step})
     if _INTERACTIVE.value:
       live.interact(model, _JSONL.value, log, **options)

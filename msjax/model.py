@@ -25,7 +25,7 @@ from msjax.hub import import_ as hub
 from msjax.streams import HOLE, Streams
 from msjax.talk.conversation import Prompt, Row, answers, begun
 from msjax.text.tokenizer import Tokenizer
-from msjax.training.checkpoint import load_params
+from msjax.training.checkpoint import chosen, load_params
 from msjax.training.state import Learner, Params, summarize
 from msjax.workdir import WorkDir
 
@@ -33,8 +33,16 @@ from msjax.workdir import WorkDir
 class Model:
   """Parameters with everything needed to use them; see `msjax.load`."""
 
-  def __init__(self, config: Config, streams: Streams, tokenizer: Tokenizer, params: Params):
-    """Takes a run's static parts and its parameters."""
+  def __init__(
+    self,
+    config: Config,
+    streams: Streams,
+    tokenizer: Tokenizer,
+    params: Params,
+    step: int | None = None,
+  ):
+    """Takes a run's static parts and its parameters, of which step if of one."""
+    self.step = step
     self.config, self.streams, self.tokenizer = config, streams, tokenizer
     self.module = Learner(config, streams, tokenizer.vocab_size).model(params)
     self._logits = jax.jit(lambda model, tokens: model.logits(model(tokens), tokens))
@@ -178,14 +186,17 @@ class Model:
       rows: how many to make; None: until the text is read and four rows passed in silence.
       temperature: one for all tokens, 0 takes the likeliest; None: as `policy.TALK` has it.
       seed: of what is drawn.
-      policies: by stream, or one for all, in place of that.
+      policies: by stream, others as `TALK`, or one for all, in place of that.
 
     Raises:
       InputError: an unknown stream, one that is no input, a row that is never reached, a
         policy out of range.
     """
-    if policies is None:
-      policies = TALK if temperature is None else Policy(temperature)
+    if policies is not None and temperature is not None:
+      raise InputError(f"temperature: {temperature}, and policies, which have one; expected either")
+    if temperature is not None:
+      policies = Policy(temperature)
+    policies = self._by_stream(TALK if policies is None else policies)
     engine, conversation = begun(self, Prompt(inputs, tuple(at), rows), policies, seed)
 
     def written():  # what is wrong is told before the first row is asked for
@@ -202,8 +213,15 @@ class Model:
     policies: Mapping[str, Policy] | Policy = TALK,
     seed: int = 0,
   ) -> Iterator[tuple[int, list[Row], str]]:
-    """Lets many conversations go on side by side; see `conversation.answers`."""
-    return answers(self, prompts, places, policies, seed)
+    """Lets many conversations go on side by side; policies as for `generate`, the rest as for
+    `conversation.answers`."""
+    return answers(self, prompts, places, self._by_stream(policies), seed)
+
+  def _by_stream(self, policies: Mapping[str, Policy] | Policy) -> dict[str, Policy]:
+    """One for each stream."""
+    if isinstance(policies, Policy):
+      return dict.fromkeys(self.streams.names, policies)
+    return {**dict.fromkeys(self.streams.names, TALK), **policies}
 
 
 def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
@@ -229,4 +247,6 @@ def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
   mesh.check_sessions(config.model, 1)
   learner = Learner(config, streams, tokenizer.vocab_size)
   abstract = learner.abstract().params
-  return Model(config, streams, tokenizer, load_params(directory.checkpoints, abstract, step))
+  step = chosen(directory.checkpoints, step)
+  params = load_params(directory.checkpoints, abstract, step)
+  return Model(config, streams, tokenizer, params, step)

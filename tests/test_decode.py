@@ -176,6 +176,8 @@ WRONG = {
   ("--user=hi", "--usr=ho"): "--usr: no such flag; did you mean 'user'",
   ("--user=hi", "--policy=top_k=x"): "policy 'top_k=x': expected a whole number",
   ("--user=hi", "--policy=plan:top_p=2"): "session 0, stream 'plan': top_p: 2.0; expected more",
+  ("--prompts=x", "--user=hi"): "--user: --prompts does not read it; leave it out",
+  ("--user=hi", "--out=x"): "--out: the conversation does not read it; leave it out",
   ("--prompts=x", "--interactive"): "--prompts and --interactive: expected one of them",
   ("--prompts=nowhere",): "nowhere: cannot be read: No such file or directory",
   ("--replay=nowhere",): "nowhere: cannot be read: No such file or directory",

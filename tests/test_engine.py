@@ -28,6 +28,7 @@ from msjax.decoding.session import Slide
 from msjax.decoding.stop import Stop
 from msjax.decoding.tick import FREE
 from msjax.errors import InputError, RunError
+from msjax.kernels import xla
 from msjax.streams import HOLE
 from msjax.text.tokenizer import ByteTokenizer
 
@@ -233,7 +234,7 @@ def test_a_pause_changes_nothing_but_when():
 
 def test_nothing_is_compiled_once_it_is_warm():
   live(range(6))
-  programs = tick.tick, tick.prefill, tick.put, tick.begin, tick.take
+  programs = tick.tick, tick.ticks, tick.prefill, tick.put, tick.begin, tick.take
   before = [program._cache_size() for program in programs]
   live([3, 1, 5, 0, 4])
   assert [program._cache_size() for program in programs] == before
@@ -591,3 +592,108 @@ def test_other_numbers_of_places_give_the_same_logits():
     np.testing.assert_array_equal(one.rows, other.rows)
     for row, look in one.looks.items():
       np.testing.assert_allclose(look.log_probs, other.looks[row].log_probs, atol=1e-4)
+
+
+# What one session does to others, or to itself, at the wrong moment.
+
+
+def test_a_place_that_went_wrong_is_clean_for_the_next():
+  """NaN times nought is NaN: keys and values that nobody sees are cleared."""
+  broken = jax.tree.map(lambda p: p, unrolled())
+  trunk = jax.tree.map(lambda p: p, broken.trunk)
+  trunk.embed = type(trunk.embed)(trunk.embed[...].at[7].set(jnp.nan))
+  here = Engine(dataclasses.replace(broken, trunk=trunk), 2, rows=64)
+  script = np.full((8, 3), SILENCE, np.int32)
+  other = here.join(script=np.tile(script, (3, 1)), stop=Stop(rows=20))
+  script[5, 1] = 7
+  session = here.join(script=script)
+  while session.reason is None:
+    here.step()
+  assert session.reason == "logits are not finite"
+  late = here.join(script=np.tile(script[:5], (2, 1)), stop=Stop(rows=10))
+  run(here)
+  assert (late.reason, other.reason) == ("rows", "rows")
+
+
+@pytest.mark.parametrize("max_rows", [64, 24])
+def test_a_block_may_become_longer_while_it_is_read(max_rows):
+  here, there = engine(max_rows=max_rows), engine(max_rows=max_rows)
+  filler = here.join(np.tile(prompt(2), (2, 1)), HOT, stop=Stop(rows=22))  # leaves its keys behind
+  while filler.reason is None:
+    here.step()
+  slide = Slide(2, 5)
+  session = here.join(policies=HOT, number=7, slide=slide, stop=Stop(rows=40))
+  here.step()
+  session.read("user", [1] * 6)
+  here.step()
+  session.read("user", [2] * (16 if max_rows > 24 else 9))
+  run(here)
+  assert len(session.rows) == 40 and session.context <= max_rows
+  if max_rows > 40:
+    whole = there.join(policies=HOT, number=7, script=np.stack(session.rows), stop=Stop(rows=40))
+    again = there.join(
+      policies=HOT, number=7, script=np.stack(session.rows)[:30], stop=Stop(rows=40)
+    )
+    run(there)
+    np.testing.assert_array_equal(whole.rows, again.rows)
+
+
+def test_what_others_do_after_a_block_ends_leaves_its_last_row_alone():
+  cells = xla.KEY_BLOCK * 3  # of whole rows and whole blocks
+  rows = cells // 3
+  given = np.tile(prompt(2), (5, 1))[:rows]
+
+  def written(others, **options):
+    here = engine(rows=rows)
+    assert here.state.cache.capacity == cells
+    session = here.join(given, HOT, number=7, stop=Stop(rows=rows + 8))
+    for n in range(others):
+      here.join(policies=HOT, number=n)
+    while session.reason is None:
+      here.step(**options)
+    return np.stack(session.rows)
+
+  np.testing.assert_array_equal(written(2, rows=8), written(0, rows=8))
+  np.testing.assert_array_equal(written(2, rows=8), written(2))
+
+
+def test_who_slides_asks_for_no_more_room():
+  here = engine(max_rows=16, rows=16)
+  cells = here.state.cache.capacity
+  here.join(slide=Slide(4, 8), stop=Stop(rows=60))
+  here.join(stop=Stop(rows=15))
+  run(here, rows=4)
+  assert here.state.cache.capacity == cells
+
+
+def test_a_grammar_that_fails_takes_nothing_from_others():
+  here, fails = engine(), [True]
+
+  def grammar(said):
+    if len(said) == 3 and fails.pop():
+      raise ValueError("no idea")
+
+  first, bound = here.join(), here.join(policies={"think": Policy(grammar=grammar)})
+  first.say("user", [1, 2, 3, 4])
+  for _ in range(2):
+    here.step()
+  with pytest.raises(ValueError, match="no idea"):
+    here.step()
+  fails.append(False)
+  for _ in range(2):
+    here.step()
+  assert [row[1] for row in first.rows] == [1, 2, 3, 4]
+  assert len(bound.rows) == 4
+
+
+def test_an_ended_session_hears_nothing():
+  here = engine()
+  session = here.join(stop=Stop(rows=1))
+  run(here)
+  with pytest.raises(InputError, match=r"session 0 has ended \(rows\); nothing is read any more"):
+    session.say("user", [1])
+
+
+def test_a_grid_longer_than_a_context_is_refused():
+  with pytest.raises(InputError, match="grid: 12 rows; expected at most the 9 of a context"):
+    fill(Engine(unrolled(), 2, max_rows=9), np.full((2, 12, 3), FREE))

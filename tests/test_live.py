@@ -64,7 +64,7 @@ def test_one_conversation_is_printed_logged_and_replayed(capsys, tmp_path):
   live.show(model, prompt, True, log, HOT, seed=3)
   first = capsys.readouterr().out
   assert [row["tokens"] for row in rows_of(first)] == [
-    row.tokens for row in model.generate({"user": "hi"}, [(5, "user", "you")], 12, 0.0, 3, HOT)
+    row.tokens for row in model.generate({"user": "hi"}, [(5, "user", "you")], 12, None, 3, HOT)
   ]
   logged = Logged.read(path)
   assert logged.header["about"] == {"workdir": "somewhere"}
@@ -79,10 +79,15 @@ def test_a_table_ends_with_what_was_said(capsys):
   assert lines[5:] == ["", "user: hi"]
 
 
-def test_a_log_goes_on_while_the_session_does(capsys, tmp_path):
-  path = tmp_path / "log"
+def test_a_log_goes_on_while_the_session_does(capsys, tmp_path, monkeypatch):
+  path, before = tmp_path / "log", []
+  said = live.is_hushed
+  monkeypatch.setattr(
+    live, "is_hushed", lambda *words: before.append(len(Logged.read(path).events)) or said(*words)
+  )
   rows, _ = interacted(capsys, "hello\n", log=live.LogTo(path, {}))
   events = Logged.read(path).events
+  assert before == list(range(6, 6 + len(before)))  # those of the rows before
   assert [event["row"] for event in events] == [list(row["tokens"].values()) for row in rows]
 
 

@@ -83,6 +83,22 @@ def test_a_log_of_a_fork_begins_with_its_parent(tmp_path):
   assert (np.stack(fork.rows) != np.stack(parent.rows)[: len(fork.rows)]).any()
 
 
+def test_a_log_of_a_fork_made_while_it_read(tmp_path):
+  here = engine()
+  parent = here.join(prompt(5), HOT, seed=3)
+  here.step()
+  assert parent.context == 4 < len(prompt(5)) - 1
+  fork = here.restore(here.snapshot(parent), number=7)
+  for _ in range(12):
+    here.step()
+  with Log(tmp_path / "log", here, fork):
+    pass
+  there = engine()
+  other = there.join()
+  np.testing.assert_array_equal(list(replay(there, Logged.read(tmp_path / "log"))), fork.rows)
+  assert len(fork.rows) > 12 and other.reason is None
+
+
 def test_a_log_that_was_cut_off_gives_what_it_has(tmp_path):
   here, path = engine(), tmp_path / "log"
   session = eventful(here, path)

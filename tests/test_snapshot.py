@@ -112,6 +112,37 @@ def test_one_that_slides_or_is_paused_is_copied_too():
   np.testing.assert_array_equal(fork.rows, session.rows)
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_one_in_the_middle_of_sliding_is_copied_too(steps):
+  here = engine(max_rows=20)
+  session = begun(here, steps=0, slide=Slide(3, 10))
+  while session.context < 20:
+    here.step()
+  for _ in range(steps):  # of four
+    here.step()
+  assert session.status == "reading"
+  again = here.restore(here.snapshot(session))
+  run(here)
+  np.testing.assert_array_equal(again.rows, session.rows)
+
+
+def test_who_waits_to_read_has_nothing_of_who_was_there_before():
+  here = engine()
+  for n in range(PLACES):
+    here.join(prompt(5), HOT, number=n, stop=Stop(rows=14))
+  run(here)
+  first = here.join(prompt(5), HOT, seed=3, number=5, stop=Stop(rows=20))
+  second = here.join(prompt(2), HOT, seed=3, number=9, stop=Stop(rows=20))
+  here.step()
+  assert (first.context, second.context, second.status) == (4, 0, "reading")
+  snapshot = here.park(second)
+  again = here.restore(snapshot)
+  there = engine()
+  alone = there.join(prompt(2), HOT, seed=3, number=9, stop=Stop(rows=20))
+  run(here), run(there)
+  np.testing.assert_array_equal(again.rows, alone.rows)
+
+
 def test_room_grows_for_who_comes_back():
   here, small = engine(rows=32), engine(rows=2)
   snapshot = here.snapshot(begun(here))

@@ -22,6 +22,7 @@ from msjax.decoding.session import (
   CONTEXT_FULL,
   ENDED,
   NOT_FINITE,
+  PAUSED,
   READING,
   RUNNING,
   Bounds,
@@ -163,15 +164,13 @@ class Engine:
 
   def snapshot(self, session: Session) -> Snapshot:
     """Copies a session as it stands, with all that the devices know of it."""
-    state = self._states.get(session)
-    if session.place is not None and session.status != ENDED:
-      reader = self._reader
-      if reader and reader.session is session:
-        state = jax.tree.map(jnp.copy, reader.state)
-      else:
-        state = tick_lib.take(self.model, self.state, np.int32(session.place))
-    elif session.status == ENDED:
+    if session.status == ENDED:
       raise InputError(f"session {session.number} has ended ({session.reason}); nothing is kept")
+    reader, state = self._reader, self._states.get(session)
+    if reader and reader.session is session:
+      state = reader.before or jax.tree.map(jnp.copy, reader.state)
+    elif state is None and session.has_begun:
+      state = tick_lib.take(self.model, self.state, np.int32(session.place))
     return Snapshot(session.setting, session.to_json(), state, self.identity())
 
   def restore(self, snapshot: Snapshot, number: int | None = None) -> Session:
@@ -192,6 +191,7 @@ class Engine:
   def renumber(self, session: Session, number: int) -> None:
     """Lets a session go on in its own way from here: other numbers draw other tokens."""
     session.renumber(number)
+    self._numbers = max(self._numbers, number + 1)
     if session.place is not None and session.status != READING:
       self._put(session, tick_lib.take(self.model, self.state, np.int32(session.place)))
 
@@ -233,7 +233,9 @@ class Engine:
     return fed
 
   def proposed(self, session: Session) -> np.ndarray:
-    """What the model would write in the next row of a session that has a place, int32 [S]."""
+    """What the model would write in the next row of a session that runs or is paused, int32 [S]."""
+    if session.status not in (RUNNING, PAUSED):
+      raise InputError(f"{session}: nothing is proposed yet; expected one that runs or is paused")
     return self._told[session.place].copy()
 
   def _let_go(self) -> None:
@@ -241,10 +243,18 @@ class Engine:
     for place, session in enumerate(self._places):
       if session is not None and session.status == ENDED:
         self._places[place], self._knobs, session.place = None, None, None
+        if session.reason == NOT_FINITE:
+          self._clean(place)
         if self._reader and self._reader.session is session:
           self._reader = None
     self._waiting = [session for session in self._waiting if session.status != ENDED]
     self._states = {s: state for s, state in self._states.items() if s.status != ENDED}
+
+  def _clean(self, place: int) -> None:
+    """Clears what would turn all that is multiplied with it into NaN, be it by nought."""
+    room = _grown(self._room_for_one(1), self.state.cache.capacity)
+    room = dataclasses.replace(room, cache=room.cache.cut(self.state.cache.capacity))
+    self.state = tick_lib.put(self.model, self.state, room, np.int32(place))
 
   def _seat(self) -> None:
     """Gives free places to those that wait."""
@@ -264,6 +274,9 @@ class Engine:
 
   def _read(self) -> None:
     """Reads some rows of a session that has a block, and puts it into its place after the last."""
+    if self._reader and self._reader.session.is_sliding and not self._reader.before:
+      self._put(self._reader.session, self._reader.state)  # more came than there is room for
+      self._reader = None
     if self._reader is None:
       reading = [s for s in self._places if s is not None and s.status == READING]
       if not reading:
@@ -278,7 +291,7 @@ class Engine:
     """Takes a session out of its place, to read by itself."""
     if session in self._states:
       before = jax.tree.map(jnp.copy, self._states.pop(session))
-    elif session.context:
+    elif session.has_begun:
       before = tick_lib.take(self.model, self.state, np.int32(session.place))
     else:
       before = self._room_for_one(session.block_rows)
@@ -287,7 +300,7 @@ class Engine:
       return _Reader(self.model, session, before, self.rows_at_once, None)
     slide = session.setting.slide
     kept = [*session.rows[: slide.first], *session.rows[-slide.last :]]
-    room = dataclasses.replace(self._room_for_one(len(kept)), keys=before.keys)
+    room = dataclasses.replace(self._room_for_one(len(kept)), keys=_key(session)[None])
     return _Reader(self.model, session, room, self.rows_at_once, (kept, before))
 
   def _room_for_one(self, rows: int) -> State:
@@ -317,11 +330,11 @@ class Engine:
     self._make_room(np.ones(self.places, int))
     given = np.full((self.places, len(self.streams)), self.streams.silence_id, np.int32)
     active, reading = np.zeros((2, self.places), bool)
+    knobs, looks = self._with_grammars(running), max(s.setting.looks for s in running)
     for session in running:
       given[session.place], active[session.place] = session.next_row(), True
       reading[session.place] = session.speaks_next
     fed = np.where(given == FREE, self._told, given)
-    knobs, looks = self._with_grammars(running, fed), max(s.setting.looks for s in running)
     self.state, look = tick_lib.tick(
       self.model, self.state, knobs, given, active, reading, looks=looks
     )
@@ -331,7 +344,7 @@ class Engine:
       place = session.place
       session.was_fed(fed[place], given[place], reading[place])
       if session.setting.looks:
-        session.looks[len(session.rows)] = jax.tree.map(lambda x, at=place: x[at], look)
+        session.looks[len(session.rows)] = look.of(place, session.setting.looks)
     return [(session, fed[session.place]) for session in running]
 
   def _ticks(self, rows: int, running: list[Session]) -> Fed:
@@ -350,7 +363,7 @@ class Engine:
       allowed[place] = min(rows, max(most, 1))
       for n in range(allowed[place]):
         given[place, n], reading[place, n] = session.next_row(), session.speaks_next
-    self._make_room(allowed)
+    self._make_room(np.minimum(allowed + 1, rows))
     endings = [session and session.ending for session in self._places]
     limits = Limits.of(endings, allowed, self.streams)
     knobs = self._all_knobs()
@@ -369,9 +382,10 @@ class Engine:
 
   def _make_room(self, rows: np.ndarray) -> None:
     """Sees to it that there is room for so many rows [B] more."""
-    # A tick writes into places that do not run, too, where their next row is going to be.
-    needed = (s.context + max(rows[s.place], 1) for s in self._places if s)
-    self._grow(int(max(needed)) * len(self.streams))
+    # A tick writes into places that do not run, too, where their next row is going to be; where the
+    # context is full, into its last row, which no one sees any more.
+    needed = max(s.context + max(rows[s.place], 1) for s in self._places if s)
+    self._grow(int(min(needed, self.bounds.max_rows)) * len(self.streams))
 
   def _all_knobs(self) -> Knobs:
     if self._knobs is None:
@@ -380,10 +394,11 @@ class Engine:
       self._knobs = jax.tree.map(jnp.asarray, Knobs.of(of))
     return self._knobs
 
-  def _with_grammars(self, running: list[Session], fed: np.ndarray) -> Knobs:
-    """Policies, with what grammars allow after rows [B, S]."""
+  def _with_grammars(self, running: list[Session]) -> Knobs:
+    """Policies, with what grammars allow after the next rows; none is taken yet: they may raise."""
     knobs = self._all_knobs()
-    asked = {s: s.allowed_after(fed[s.place]) for s in running if s.needs_host}
+    fed = lambda row, place: np.where(row == FREE, self._told[place], row)
+    asked = {s: s.allowed_after(fed(s.coming_row(), s.place)) for s in running if s.has_grammar}
     if not any(asked.values()):
       return knobs
     V = self.model.columns.shape[1]
@@ -447,32 +462,38 @@ class _Reader:
     slide: tuple[list[np.ndarray], State] | None,
   ):
     """Begins with a state of one session; or, where it slides, with rows that are kept and the
-    state before, of which all but the cache goes on."""
+    state `before`, of which all but the cache goes on."""
     self.model, self.session, self._at_once = model, session, at_once
-    self._kept, self._before = slide or ([], None)
-    self._kept = collections.deque(self._kept)
-    rows = len(self._kept) or session.context + session.block_rows
-    self.state = _grown(state, (rows + at_once) * len(session.streams))
+    kept, self.before = slide or ([], None)
+    self._kept = collections.deque(kept)
+    self._fed = 0 if slide else session.context
+    self.state = state
+    self._make_room(len(kept) if slide else session.block_rows)
 
   @property
   def is_done(self) -> bool:
     """Whether nothing is left to read."""
-    return not (self._kept if self._before else self.session.block_rows)
+    return not (self._kept if self.before else self.session.block_rows)
 
   def read(self) -> None:
     """Reads the next rows."""
-    if self._before:
+    if self.before:
       count = min(self._at_once, len(self._kept))
       self._feed(np.stack([self._kept.popleft() for _ in range(count)]))
       if self.is_done:
-        self.state = dataclasses.replace(self._before, cache=self.state.cache)
+        self.state = dataclasses.replace(self.before, cache=self.state.cache)
         self.session.slid()
     else:
       block = self.session.next_block(self._at_once)
       self._feed(block)
       self.session.had_block(block)
 
+  def _make_room(self, rows: int) -> None:
+    self.state = _grown(self.state, (self._fed + rows + self._at_once) * len(self.session.streams))
+
   def _feed(self, block: np.ndarray) -> None:
+    self._make_room(0)  # the block may have become longer
+    self._fed += len(block)
     rows = np.zeros((1, self._at_once, block.shape[1]), np.int32)
     rows[0, : len(block)] = block
     count = np.array([len(block)], np.int32)
@@ -488,15 +509,19 @@ def fill(engine: Engine, grid: np.ndarray, policy: Policy = _GREEDY, seed: int =
   write them from.
 
   Raises:
-    InputError: a cell that is neither a token, a hole nor free.
+    InputError: a cell that is neither a token, a hole nor free; more rows than a context has.
     RunError: the model's logits are not finite.
   """
+  if grid.shape[1] > engine.bounds.max_rows:
+    raise InputError(
+      f"grid: {grid.shape[1]} rows; expected at most the {engine.bounds.max_rows} of a context"
+    )
   stop = Stop(rows=grid.shape[1])
   sessions = [
     engine.join(policies=policy, seed=seed, number=n, stop=stop, script=rows)
     for n, rows in enumerate(grid)
   ]
-  while engine.sessions:
+  while any(session.status != ENDED for session in sessions):
     engine.step(rows=_FILLED_AT_ONCE)
   for session in sessions:
     session.check()

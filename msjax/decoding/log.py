@@ -19,7 +19,7 @@ import numpy as np
 
 import msjax
 from msjax.decoding.engine import Engine
-from msjax.decoding.session import READING, Session, Setting
+from msjax.decoding.session import PAUSED, READING, RUNNING, Session, Setting
 from msjax.decoding.stop import Stop
 from msjax.errors import InputError, RecordError, RunError
 
@@ -136,16 +136,19 @@ def replay(engine: Engine, logged: Logged) -> Iterator[np.ndarray]:
     RunError: a row that comes out otherwise.
   """
   _check(engine, logged)
-  session = engine.admit(_Replayed(engine, logged))
-  told = 0
-  while True:
-    yield from session.rows[told:]
-    told = len(session.rows)
-    if session.reason is not None:
-      return
-    if (number := session.next_number) is not None:
-      engine.renumber(session, number)
-    engine.step()
+  session, told = engine.admit(_Replayed(engine, logged)), 0
+  try:
+    while True:
+      yield from session.rows[told:]
+      told = len(session.rows)
+      if session.reason is not None:
+        break
+      while (number := session.next_number) is not None:
+        engine.renumber(session, number)
+      engine.step()
+    session.check_all()
+  finally:
+    session.end(session.reason or "not asked for any more")
 
 
 def _check(engine: Engine, logged: Logged) -> None:
@@ -173,14 +176,18 @@ class _Replayed(Session):
     super().__init__(setting, engine.streams, engine.bounds)
     self._logged, self._coming = logged, collections.deque(logged.events)
     self._event: Mapping[str, Any] = {}  # whose row is being fed
+    self._differs = ""
     self._end_with_log()
 
   needs_host = True  # so that only a row at a time is taken from the log
 
   @property
   def status(self) -> str:
-    """A block is read where one comes."""
-    return READING if super().status == "running" and self.block_rows else super().status
+    """A block is read where one comes; where it becomes another's, it waits for that."""
+    status = super().status
+    if status == RUNNING and self.next_number is not None:
+      return PAUSED
+    return READING if status == RUNNING and self.block_rows else status
 
   @property
   def is_sliding(self) -> bool:
@@ -240,12 +247,24 @@ class _Replayed(Session):
     theirs = self._event["row"]
     for name, here, there in zip(self.streams.names, row.tolist(), theirs):
       if here != there:
-        raise RunError(
-          f"{self._logged.path}: row {len(self.rows) - 1}, stream {name!r}: token {here} here, "
-          f"{there} in the log, which was made by {self._logged.header['made_by']}; this is "
-          f"{_made_by()}"
-        )
+        self._differs = f"stream {name!r}: token {here} here, {there} in the log"
+        self.rows.pop()
+        self.end("differs from its log")
+        return
     self._end_with_log()
+
+  def check_all(self) -> None:
+    """Raises where it did not come to the end of its log as its log has it.
+
+    Raises:
+      RunError: names the row.
+    """
+    if self._coming or self._differs:
+      what = self._differs or f"the session ends here ({self.reason}), and goes on in the log"
+      raise RunError(
+        f"{self._logged.path}: row {len(self.rows)}, {what}, which was made by "
+        f"{self._logged.header['made_by']}; this is {_made_by()}"
+      )
 
   def _end_with_log(self) -> None:
     if not self._coming:

@@ -28,6 +28,12 @@ class Look:
   log_probs: Any
   attention: Any
 
+  def of(self, session: int, count: int) -> "Look":
+    """Copies that of one session, with so many tokens."""
+    tokens = lambda x: x[session, :, :count].copy()
+    entropy, attention = self.entropy[session].copy(), self.attention[session].copy()
+    return Look(entropy, tokens(self.ids), tokens(self.log_probs), attention)
+
 
 def look(logits: jax.Array, attention: jax.Array, count: int) -> Look:
   """Makes a look of the chip's logits float32 [B, S, V] and of the attention [B, S, S]."""

@@ -116,7 +116,7 @@ class Policy:
         f"({s.longest})"
       )
     for token, bias in self.logit_bias.items():
-      if not (0 <= token < vocab_size and not math.isnan(bias)):
+      if not (0 <= token < vocab_size and bias < math.inf):
         raise InputError(
           f"{where}: logit_bias: {bias} for token {token}; expected numbers for tokens 0 to "
           f"{vocab_size - 1}"

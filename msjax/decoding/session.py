@@ -147,7 +147,8 @@ class Session:
   # What its users do.
 
   def say(self, stream: str, ids: Sequence[int]) -> None:
-    """Appends tokens to an input stream; the first enters with the next row that is fed."""
+    """Appends tokens to an input stream; the first enters with the next row that is fed, or after
+    what is read as a block and rows that were scripted."""
     self._append(self._input(stream), ids)
 
   def read(self, stream: str, ids: Sequence[int]) -> None:
@@ -217,6 +218,16 @@ class Session:
     return self._ending
 
   @property
+  def has_begun(self) -> bool:
+    """Whether the devices know of it: it has been fed rows, or has a place and nothing to read."""
+    return self.place is not None and (self.context > 0 or self.status != READING)
+
+  @property
+  def has_grammar(self) -> bool:
+    """Whether a stream has one."""
+    return bool(self._grammars)
+
+  @property
   def needs_host(self) -> bool:
     """Whether the host has to see each row before the next."""
     return bool(self.setting.looks or self._grammars)
@@ -255,8 +266,15 @@ class Session:
     """Whether the next row is the last of a block."""
     return len(self._block) == 1
 
+  def coming_row(self) -> np.ndarray:
+    """What is given of the next row, int32 [S]; `FREE` is the model's to write."""
+    if self._block or self._script:
+      return (self._block or self._script)[0]
+    given = zip(self._queues, self._idle)
+    return np.array([queue[0] if queue else idle for queue, idle in given], np.int32)
+
   def next_row(self) -> np.ndarray:
-    """Takes what is given of the next row, int32 [S]; `FREE` is the model's to write."""
+    """Takes `coming_row`."""
     if self._block:
       self._ends_block = True  # was_fed comes before the next of these
       return self._block.popleft()
@@ -365,6 +383,8 @@ class Session:
     return s
 
   def _append(self, s: int, ids: Sequence[int]) -> None:
+    if self.reason is not None:
+      raise InputError(f"{self._who} has ended ({self.reason}); nothing is read any more")
     ids, limit, waiting = self._checked(s, ids), self._bounds.queue_limit, len(self._queues[s])
     if waiting + len(ids) > limit:
       raise InputError(

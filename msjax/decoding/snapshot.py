@@ -22,6 +22,7 @@ from msjax.errors import InputError
 from msjax.files import replacing
 
 FORMAT = "msjax session 1"
+_HEADER = "session"  # an array of JSON, for safetensors' own headers have a limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,9 +74,9 @@ class Snapshot:
     }
     arrays = {} if self.state is None else _named(_trimmed(_plain(self.state)))
     arrays = {name: np.ascontiguousarray(x) for name, x in jax.device_get(arrays).items()}
-    metadata = {"msjax": json.dumps(header)}
+    arrays[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     with replacing(path) as file:
-      file.write(safetensors.numpy.save(arrays, metadata))
+      file.write(safetensors.numpy.save(arrays))
 
   @classmethod
   def load(cls, path: str | os.PathLike, model: Prepared) -> "Snapshot":
@@ -87,10 +88,10 @@ class Snapshot:
     path = pathlib.Path(path)
     try:
       with safetensors.safe_open(path, "numpy") as file:
-        header = json.loads((file.metadata() or {}).get("msjax", "{}"))
         arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, safetensors.SafetensorError) as error:
       raise InputError(f"{path}: {error}; expected a snapshot of a session") from None
+    header = json.loads(arrays.pop(_HEADER, np.frombuffer(b"{}", np.uint8)).tobytes())
     if header.get("format") != FORMAT:
       raise InputError(f"{path}: format {header.get('format')!r}; expected {FORMAT!r}")
     state = _state(path, model, arrays) if header["fed"] else None
@@ -116,7 +117,10 @@ def _trimmed(state: State) -> State:
 
 def _state(path: pathlib.Path, model: Prepared, arrays: Mapping[str, np.ndarray]) -> State:
   """A state of one session, on the mesh in use."""
-  rows, remembers = 1, arrays["past.had"].shape[-1] > 0
+  for name in ("past.had", "cache.row"):
+    if name not in arrays:
+      raise InputError(f"{path}: {name} is missing; expected a snapshot of a session")
+  remembers = arrays["past.had"].shape[-1] > 0
   rows = 1 << int(arrays["cache.row"][0]).bit_length()
   like = jax.eval_shape(lambda: _plain(tick.room(model, 1, rows, remembers, None)))
   leaves, shape = jax.tree.flatten(like)

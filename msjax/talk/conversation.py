@@ -135,12 +135,16 @@ class Conversation:
   @property
   def is_over(self) -> bool:
     """Whether the last row is told."""
-    return self._told == self._limit or (self._may_end and self._quiet == QUIET_ROWS)
+    session = self.session
+    ended = session.reason is not None and self._told == len(session.rows)
+    return ended or self._told == self._limit or (self._may_end and self._quiet == QUIET_ROWS)
 
   @property
   def reason(self) -> str:
     """Why it is over."""
-    return "silence" if self._quiet == QUIET_ROWS and self._may_end else "rows"
+    if self._quiet == QUIET_ROWS and self._may_end:
+      return "silence"
+    return "rows" if self._told == self._limit else str(self.session.reason)
 
 
 def limit_of(schedule: "Schedule", rows: int | None) -> int:

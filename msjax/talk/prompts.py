@@ -14,6 +14,7 @@ from msjax.model import Model
 from msjax.talk.conversation import Prompt, Row
 
 _FIELDS = ("id", "inputs", "at", "rows")
+_BEGINNING = b'{"prompt": '  # of an answer
 
 
 def answer(
@@ -63,7 +64,8 @@ def answer(
 
 def _lines(path: pathlib.Path) -> list[str]:
   try:
-    return path.read_text(encoding="utf-8").splitlines()
+    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    return [*lines, last] if last else lines
   except OSError as error:
     raise InputError(f"{path}: cannot be read: {error.strerror}") from None
   except UnicodeDecodeError:
@@ -100,7 +102,10 @@ def _answered(path: pathlib.Path, names: list[str]) -> set[int]:
   data = path.read_bytes()
   whole = data.rfind(b"\n") + 1
   done = set()
-  for number, line in enumerate(data[:whole].decode("utf-8", "replace").splitlines(), 1):
+  rest = data[whole:]
+  if not _BEGINNING.startswith(rest[: len(_BEGINNING)]):
+    raise RecordError(path, data.count(b"\n") + 1, "line", f"{rest[:40]!r}; expected an answer")
+  for number, line in enumerate(data[:whole].decode("utf-8", "replace").split("\n")[:-1], 1):
     try:
       found = json.loads(line)
       prompt, run = found["prompt"], found["run"]
@@ -115,7 +120,7 @@ def _answered(path: pathlib.Path, names: list[str]) -> set[int]:
         "expected answers of this run, or a new file",
       )
     done.add(prompt)
-  if whole < len(data):
+  if rest:
     os.truncate(path, whole)
   return done
 
