@@ -113,3 +113,27 @@ def test_files_that_are_not_there_are_told(model, tmp_path):
   prompts = written(tmp_path / "prompts")
   with pytest.raises(InputError, match="cannot be written: No such file"):
     answer(model, prompts, tmp_path / "none" / "out", places=1, policies={}, seed=0)
+
+
+def test_lines_end_at_line_feeds_alone(model, tmp_path):
+  lines = [{"inputs": {"user": "a\u2028b"}, "rows": 9}, {"inputs": {"user": "c\u0085"}, "rows": 9}]
+  written(tmp_path / "prompts", lines)
+  for _ in range(2):  # again: it reads what it wrote
+    answer(model, tmp_path / "prompts", tmp_path / "out", places=1, policies=HOT, seed=0)
+  found = (tmp_path / "out").read_text().split("\n")
+  assert json.loads(found[0])["text"]["user"] == "a\u2028b" and len(found) == 3
+
+
+def test_a_file_of_something_else_is_not_cut(model, tmp_path):
+  (tmp_path / "out").write_text("dear diary")
+  with pytest.raises(InputError, match="out:1: line: b'dear diary'; expected an answer"):
+    answered(model, tmp_path)
+  assert (tmp_path / "out").read_text() == "dear diary"
+
+
+def test_a_full_context_ends_an_answer(model, tmp_path, monkeypatch):
+  made = model.engine
+  monkeypatch.setattr(model, "engine", lambda *words, **how: made(*words, max_rows=10, **how))
+  found = answered(model, tmp_path)
+  assert [len(one["tokens"]) for one in found] == [9, 10, 3, 10]
+  assert [one["reason"] for one in found] == ["rows", "context is full", "rows", "context is full"]
