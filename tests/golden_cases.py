@@ -21,6 +21,21 @@ VOCAB, SILENCE = 512, int(FIGURES["silence_token"])
 LEAST_MARGIN = 1e-3
 
 
+CONFIG = Config(
+  model=ModelConfig(
+    dim=64,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    mlp_dim=192,
+    rope_theta=1e6,
+    tied_head=False,
+    dtype="float32",
+  )
+)
+
+
 class RoundingDecidesError(Exception):
   """Another example has to be taken."""
 
@@ -33,18 +48,7 @@ def weights():
 @functools.cache
 def module(streams):
   """The model with its first streams, under other names."""
-  cfg = ModelConfig(
-    dim=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    mlp_dim=192,
-    rope_theta=1e6,
-    tied_head=False,
-    dtype="float32",
-  )
-  learner = Learner(Config(model=cfg), streams, VOCAB)
+  learner = Learner(CONFIG, streams, VOCAB)
   like = placed(jax.eval_shape(learner.init, jax.random.key(0)).params)
   of_streams = {STREAM_EMBEDDING: weights()[STREAM_EMBEDDING][: len(streams)]}
   return learner.model(read_params({**weights(), **of_streams}, like))

@@ -1,14 +1,13 @@
 """The model against two oracles: Hugging Face transformers, and the official release's figures."""
 
 import dataclasses
-import pathlib
 
+import golden_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
 from transformers import (
   LlamaConfig,
   LlamaForCausalLM,
@@ -167,29 +166,16 @@ def test_one_stream_is_a_plain_causal_model(family):
 
 # What the official release computes with a ten-stream checkpoint of its own.
 
-GOLDEN = pathlib.Path(__file__).parent / "golden"
-
 
 @pytest.fixture(scope="module")
 def golden():
   """Arrays of the release, the learner and the parameters of its checkpoint."""
-  figures = dict(np.load(GOLDEN / "tiny_stream_qwen3.npz"))
-  cfg = ModelConfig(
-    dim=64,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    mlp_dim=192,
-    rope_theta=1e6,
-    tied_head=False,
-    dtype="float32",
-  )
+  figures = dict(np.load(golden_cases.GOLDEN / "tiny_stream_qwen3.npz"))
   specs = (f"s{i}:internal:1" for i in range(10))
   streams = Streams(tuple(map(Stream.parse, specs)), int(figures["silence_token"]))
-  learner = Learner(Config(model=cfg), streams, 512)
+  learner = Learner(golden_cases.CONFIG, streams, golden_cases.VOCAB)
   like = placed(jax.eval_shape(learner.init, jax.random.key(0)).params)
-  params = read_params(load_file(GOLDEN / "model.safetensors"), like)
+  params = read_params(golden_cases.weights(), like)
   return figures, learner, params
 
 

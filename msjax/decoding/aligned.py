@@ -18,7 +18,7 @@ import numpy as np
 from msjax import sharding
 from msjax.decoding.policy import Knobs, Policy
 from msjax.decoding.prepared import Unrolled
-from msjax.decoding.sampling import Past, sample
+from msjax.decoding.sampling import NOT_FINITE, Past, sample
 from msjax.errors import InputError, RunError
 from msjax.models import axes
 from msjax.streams import Stream, Streams
@@ -27,7 +27,6 @@ _NEVER = np.iinfo(np.int32).max  # the call of a cell that has not been fed
 _LEAST_CELLS = 16  # of a first call, padded, so that a few programs serve all lengths
 _LEAST_ROOM = 256  # cells
 _QUERIES = 128  # that look at all keys at once
-_NOT_FINITE = -1  # a token that is none
 _FIRST = 0  # the first call, within which cells see each other, too
 
 
@@ -264,7 +263,7 @@ class _Answer:
     told = {}
     for head in np.flatnonzero(writes).tolist():
       id, self.counts[head] = drawn[head], self.counts[head] + 1
-      if id == _NOT_FINITE:
+      if id == NOT_FINITE:
         raise RunError(f"call {self.call - 1}: logits are not finite; are the parameters?")
       told[self.heads[head]] = id
       ends = id == self.end_id or self.counts[head] >= self.options.max_new_tokens
@@ -455,7 +454,7 @@ def _drawn(logits, had, draws: _Draws, key):
   drawn = sample(scores, draws.knobs, past, nobody_reads, alike.silence_id, key[None])[0]
   top = logits[0].max(-1)
   top = jnp.where(jnp.isnan(top), jnp.inf, top)  # for the highest of chips may leave out a NaN
-  return jnp.where(jnp.isfinite(sharding.highest(top, "vocab")), drawn, _NOT_FINITE)
+  return jnp.where(jnp.isfinite(sharding.highest(top, "vocab")), drawn, NOT_FINITE)
 
 
 def _cut(logits, had, draws: _Draws):

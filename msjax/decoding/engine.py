@@ -5,7 +5,6 @@ reads by itself, some rows between two ticks of the others, and is then put into
 take a row of every place, so that what a session writes does not depend on who has the others.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from msjax.decoding import sampling
 from msjax.decoding import tick as tick_lib
 from msjax.decoding.policy import Knobs, Policy
 from msjax.decoding.prepared import Prepared
+from msjax.decoding.reader import Reader
 from msjax.decoding.session import (
   CONTEXT_FULL,
   ENDED,
@@ -102,7 +102,7 @@ class Engine:
     self._places: list[Session | None] = [None] * places
     self._waiting: list[Session] = []
     self._states: dict[Session, State] = {}  # of those waiting who have been here before
-    self._reader: _Reader | None = None
+    self._reader: Reader | None = None
     self._knobs: Knobs | None = None
     self._numbers = 0
 
@@ -252,7 +252,7 @@ class Engine:
 
   def _clean(self, place: int) -> None:
     """Clears what would turn all that is multiplied with it into NaN, be it by nought."""
-    room = _grown(self._room_for_one(1), self.state.cache.capacity)
+    room = self._room_for_one(1).grown(self.state.cache.capacity)
     room = dataclasses.replace(room, cache=room.cache.cut(self.state.cache.capacity))
     self.state = tick_lib.put(self.model, self.state, room, np.int32(place))
 
@@ -287,7 +287,7 @@ class Engine:
       self._put(self._reader.session, self._reader.state)
       self._reader = None
 
-  def _opened(self, session: Session) -> "_Reader":
+  def _opened(self, session: Session) -> Reader:
     """Takes a session out of its place, to read by itself."""
     if session in self._states:
       before = jax.tree.map(jnp.copy, self._states.pop(session))
@@ -297,11 +297,11 @@ class Engine:
       before = self._room_for_one(session.block_rows)
     before = dataclasses.replace(before, keys=_key(session)[None])
     if not session.is_sliding:
-      return _Reader(self.model, session, before, self.rows_at_once, None)
+      return Reader(self.model, session, before, self.rows_at_once, None)
     slide = session.setting.slide
     kept = [*session.rows[: slide.first], *session.rows[-slide.last :]]
     room = dataclasses.replace(self._room_for_one(len(kept)), keys=_key(session)[None])
-    return _Reader(self.model, session, room, self.rows_at_once, (kept, before))
+    return Reader(self.model, session, room, self.rows_at_once, (kept, before))
 
   def _room_for_one(self, rows: int) -> State:
     rows = 1 << (rows + self.rows_at_once - 1).bit_length()  # so that like lengths share a program
@@ -319,7 +319,7 @@ class Engine:
 
   def _grow(self, cells: int) -> None:
     """Doubles the room until it has so many cells."""
-    self.state = _grown(self.state, cells)
+    self.state = self.state.grown(cells)
 
   # Ticks.
 
@@ -450,58 +450,6 @@ class Engine:
       raise InputError(f"{who}: looks: {setting.looks}; expected 0 (none) or more")
 
 
-class _Reader:
-  """Reads rows of one session by itself."""
-
-  def __init__(
-    self,
-    model: Prepared,
-    session: Session,
-    state: State,
-    at_once: int,
-    slide: tuple[list[np.ndarray], State] | None,
-  ):
-    """Begins with a state of one session; or, where it slides, with rows that are kept and the
-    state `before`, of which all but the cache goes on."""
-    self.model, self.session, self._at_once = model, session, at_once
-    kept, self.before = slide or ([], None)
-    self._kept = collections.deque(kept)
-    self._fed = 0 if slide else session.context
-    self.state = state
-    self._make_room(len(kept) if slide else session.block_rows)
-
-  @property
-  def is_done(self) -> bool:
-    """Whether nothing is left to read."""
-    return not (self._kept if self.before else self.session.block_rows)
-
-  def read(self) -> None:
-    """Reads the next rows."""
-    if self.before:
-      count = min(self._at_once, len(self._kept))
-      self._feed(np.stack([self._kept.popleft() for _ in range(count)]))
-      if self.is_done:
-        self.state = dataclasses.replace(self.before, cache=self.state.cache)
-        self.session.slid()
-    else:
-      block = self.session.next_block(self._at_once)
-      self._feed(block)
-      self.session.had_block(block)
-
-  def _make_room(self, rows: int) -> None:
-    self.state = _grown(self.state, (self._fed + rows + self._at_once) * len(self.session.streams))
-
-  def _feed(self, block: np.ndarray) -> None:
-    self._make_room(0)  # the block may have become longer
-    self._fed += len(block)
-    rows = np.zeros((1, self._at_once, block.shape[1]), np.int32)
-    rows[0, : len(block)] = block
-    count = np.array([len(block)], np.int32)
-    since = max(policy.silence.since for policy in self.session.setting.policies)
-    since = np.array([since], np.int32)
-    self.state = tick_lib.prefill(self.model, self.state, rows, count, since)
-
-
 def fill(engine: Engine, grid: np.ndarray, policy: Policy = _GREEDY, seed: int = 0) -> np.ndarray:
   """Returns int32 [N, R, S] with the `FREE` cells written by the model, a session for each of N.
 
@@ -529,14 +477,6 @@ def fill(engine: Engine, grid: np.ndarray, policy: Policy = _GREEDY, seed: int =
 
 
 _FILLED_AT_ONCE = 16
-
-
-def _grown(state: State, cells: int) -> State:
-  """The state with its room doubled until it has so many cells."""
-  cache = state.cache
-  while cache.capacity < cells:
-    cache = cache.grown(cache.capacity)
-  return dataclasses.replace(state, cache=cache)
 
 
 def _key(session: Session) -> jax.Array:

@@ -67,13 +67,12 @@ class Prepared(abc.ABC):
   def cache_specs(self, cache: Cache, sessions: str | None = "batch") -> Cache:
     """How the arrays of a cache of this model are cut: by sessions (None: not) and heads."""
     k, v = jax.tree.map(lambda _: self._key_spec(sessions), (cache.k, cache.v))
-    of_sessions = sharding.spec(sessions)
-    return dataclasses.replace(cache, k=k, v=v, key_ok=of_sessions, row=of_sessions)
+    return Cache(k, v, sharding.spec(sessions), sharding.spec(sessions))
 
   def cache_session_axes(self, cache: Cache) -> Cache:
     """Which axis of each array of a cache is that of sessions."""
     k, v = jax.tree.map(lambda _: self._session_axis, (cache.k, cache.v))
-    return dataclasses.replace(cache, k=k, v=v, key_ok=0, row=0)
+    return Cache(k, v, 0, 0)
 
   @property
   @abc.abstractmethod
@@ -271,8 +270,7 @@ def _feed(model, cache, tokens, count, positions, look):
   x = _embedded(trunk, tokens)
   x, k, v, attention = model.through_layers(x, turn, cache, visibility, look)
   hidden = streams.from_attention(trunk.normed(x))
-  row = cache.row + (R if count is None else count)
-  return hidden, dataclasses.replace(cache, k=k, v=v, key_ok=key_ok, row=row), attention
+  return hidden, Cache(k, v, key_ok, cache.row + (R if count is None else count)), attention
 
 
 def _embedded(trunk, tokens):

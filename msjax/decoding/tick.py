@@ -39,6 +39,13 @@ class State:
   proposal: jax.Array
   keys: jax.Array
 
+  def grown(self, cells: int) -> "State":
+    """Returns it with its room doubled until it has so many cells."""
+    cache = self.cache
+    while cache.capacity < cells:
+      cache = cache.grown(cache.capacity)
+    return dataclasses.replace(self, cache=cache)
+
 
 def room(
   model: Prepared, sessions: int, rows: int, remembers: bool, axis: str | None = "batch"
