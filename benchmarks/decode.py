@@ -87,8 +87,8 @@ class Ticks:
   def bytes_to_read(self) -> int:
     """By a tick, at least."""
     cells = sum(len(s.rows) for s in self._engine.sessions) * len(self.model.trunk.streams)
-    cfg, itemsize = self.model.trunk.cfg, self.model.columns.dtype.itemsize
-    weights = sum(x.nbytes for x in jax.tree.leaves((self.model.layers, self.model.columns)))
+    cfg, itemsize = self.model.trunk.cfg, self.model.unembed.dtype.itemsize
+    weights = sum(x.nbytes for x in jax.tree.leaves((self.model.layers, self.model.unembed)))
     return weights + cells * cfg.layers * 2 * cfg.kv_heads * cfg.head_dim * itemsize
 
 
@@ -116,7 +116,7 @@ def memory(dtype: jnp.dtype) -> tuple[int, Callable[[], Any]]:
 def time_ticks(model: Prepared) -> Figures:
   """Times ticks of as many sessions as are asked for, each in turn with the memory's speed."""
   all_ticks = [Ticks(model, int(sessions)) for sessions in _SESSIONS.value]
-  size, read = memory(model.columns.dtype)
+  size, read = memory(model.unembed.dtype)
   runs = {"memory": read} | {ticks.sessions: ticks.run for ticks in all_ticks}
   to_read = {ticks.sessions: ticks.bytes_to_read for ticks in all_ticks}
   medians = timed(runs, _REPEATS.value)
@@ -222,7 +222,7 @@ def main(_) -> None:
     ticks += time_ticks(model)
     prompts.append(time_prompts(model))
   conditions = (
-    f"{_MODEL.value}, {model.columns.dtype}, caches of {CELLS} cells, half full, medians of "
+    f"{_MODEL.value}, {model.unembed.dtype}, caches of {CELLS} cells, half full, medians of "
     f"{_REPEATS.value}; MB: of weights and filled cells; GB/s: a product of a matrix of 1 GiB with "
     "a vector, in turn with the ticks; share: MB at that speed over ms; "
     f"{device.device_kind}, {os.cpu_count()} CPUs, load after {os.getloadavg()[0]:.1f}, "

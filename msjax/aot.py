@@ -143,7 +143,7 @@ def decode_report(learner: Learner, topology: str, sessions: int, rows: int) -> 
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return _too_large(facts, (hbm_overrun(error) or (None,))[0], (model, state))
-    read_once = _bytes_here((model.layers, model.columns, state.cache.k, state.cache.v))
+    read_once = _bytes_here((model.layers, model.unembed, state.cache.k, state.cache.v))
     return _report(facts, compiled, time.perf_counter() - began, hbm_bytes_min=read_once)
 
 

@@ -309,6 +309,6 @@ def test_wrong_questions_are_refused(changes, message):
 
 
 def test_broken_parameters_write_nothing():
-  broken = dataclasses.replace(model(), columns=model().columns.at[:, 7].set(np.nan))
+  broken = dataclasses.replace(model(), unembed=model().unembed.at[7].set(np.nan))
   with pytest.raises(RunError, match=r"^call 0: logits are not finite"):
     aligned.answer(broken, {"assistant": [1, 2]}, [3], NO_END, FEW)

@@ -87,7 +87,7 @@ def test_a_session_goes_on_where_it_was():
 
 def test_broken_parameters_write_nothing():
   broken = jax.tree.map(lambda p: p, unrolled())
-  broken = dataclasses.replace(broken, columns=broken.columns.at[:, 7].set(jnp.nan))
+  broken = dataclasses.replace(broken, unembed=broken.unembed.at[7].set(jnp.nan))
   with pytest.raises(RunError, match="session 0, row 1: logits are not finite"):
     fill(Engine(broken, 2), listening())
   here = Engine(broken, 2)

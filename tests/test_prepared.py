@@ -179,16 +179,16 @@ def test_unrolling_leaves_the_model_whole():
   assert len(unrolled.layers) == TINY.layers
   assert not hasattr(unrolled.trunk, "layers")
   for i, layer in enumerate(unrolled.layers):
-    np.testing.assert_array_equal(layer.mlp.up[...], MODEL.layers.mlp.up[...][i])
-  np.testing.assert_array_equal(unrolled.columns.T, MODEL.output_matrix)
+    np.testing.assert_array_equal(layer.block(TINY.head_dim).mlp.up[...], MODEL.layers.mlp.up[...][i])
+  np.testing.assert_array_equal(unrolled.unembed, MODEL.output_matrix)
   jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(MODEL)), before)
 
 
 def test_matrices_are_cast_once_and_norms_are_not():
   model = random_model(2, dataclasses.replace(TINY, dtype="bfloat16", tied_head=False))
   unrolled = Unrolled.of(model)
-  assert unrolled.columns.dtype == unrolled.layers[0].attention.q[...].dtype == jnp.bfloat16
-  assert unrolled.layers[0].mlp_norm[...].dtype == jnp.float32
+  assert unrolled.unembed.dtype == unrolled.layers[0].by_output.attention.q[...].dtype == jnp.bfloat16
+  assert unrolled.layers[0].by_output.mlp_norm[...].dtype == jnp.float32
   tokens = random_tokens(2, 2)
   logits, _ = feed_all(unrolled, unrolled.room(2, ROWS), tokens)
   np.testing.assert_allclose(logits, whole_pass(model, tokens), atol=0.1, rtol=0.05)
@@ -246,7 +246,7 @@ def test_a_stacked_cache_holds_what_an_unrolled_one_does():
 def test_stacking_casts_matrices_and_no_norms():
   model = random_model(2, dataclasses.replace(WIDE, dtype="bfloat16", tied_head=False))
   stacked = Stacked.of(model)
-  assert stacked.columns.dtype == stacked.layers.attention.q[...].dtype == jnp.bfloat16
+  assert stacked.unembed.dtype == stacked.layers.attention.q[...].dtype == jnp.bfloat16
   assert stacked.layers.mlp_norm[...].dtype == jnp.float32
   assert not hasattr(stacked.trunk, "layers")
   assert stacked.room(1, 1).k.dtype == jnp.bfloat16

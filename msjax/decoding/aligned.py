@@ -327,7 +327,7 @@ def _room(model: Unrolled, M: int, heads: int) -> _Cells:
       jnp.zeros((1, cfg.kv_heads, M, cfg.head_dim), dtype) for _ in range(cfg.layers)
     )
     calls = jnp.full(M, _NEVER, jnp.int32)
-    had = jnp.zeros((heads, model.columns.shape[1]), bool)
+    had = jnp.zeros((heads, len(model.unembed)), bool)
     return _Cells(zeros(), zeros(), jnp.zeros(M, jnp.int32), calls, had)
 
   return sharding.made(empty, _specs(jax.eval_shape(empty)))()

@@ -62,7 +62,7 @@ def room(
   streams = model.trunk.streams
 
   def empty(cache):
-    V = model.columns.shape[1] if remembers else 0
+    V = len(model.unembed) if remembers else 0
     silence = jnp.full((sessions, len(streams)), streams.silence_id, jnp.int32)
     keys = jax.random.split(jax.random.key(0), sessions)
     return State(cache, Past.empty(sessions, streams, V), silence, keys)

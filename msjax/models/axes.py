@@ -10,7 +10,7 @@ from msjax import sharding
 _AXES = {
   "embed": (None, "table_dim"),
   "head": (None, "table_dim"),
-  "columns": (None, "vocab"),
+  "unembed": ("vocab", None),
   "stream_embed": (None, None),
   "q": ("layer_dim", "heads", None),
   "k": ("layer_dim", "heads", None),
@@ -28,6 +28,36 @@ _AXES = {
     ("norm", "attention_norm", "mlp_norm", "q_norm", "k_norm", "out_bias", "down_bias"), (None,)
   ),
 }
+_MATRICES = "q", "k", "v", "out", "gate", "up", "down"
+
+
+def by_output(layer: Any) -> Any:
+  """Lays the matrices of a layer out as rows, [outputs, inputs]; heads lie side by side."""
+
+  def rows(name, x):
+    return x.reshape(-1, x.shape[-1]).T if name == "out" else x.reshape(len(x), -1).T
+
+  return _with_matrices(layer, rows)
+
+
+def by_input(layer: Any, head_dim: int) -> Any:
+  """Undoes `by_output`; nothing is moved for it where a product follows."""
+
+  def matrix(name, x):
+    shapes = {**dict.fromkeys("qkv", (len(x.T), -1, head_dim)), "out": (-1, head_dim, len(x))}
+    return x.T.reshape(shapes.get(name, x.T.shape))
+
+  return _with_matrices(layer, matrix)
+
+
+def _with_matrices(layer, make):
+  """Puts `make(name, array)` in the place of each matrix."""
+
+  def of(path, x):
+    name = _names(path)[-1]
+    return make(name, x) if name in _MATRICES else x
+
+  return jax.tree_util.tree_map_with_path(of, layer)
 
 
 def specs(tree: Any) -> Any:
@@ -43,13 +73,20 @@ def specs(tree: Any) -> Any:
   def of(path, leaf):
     if not leaf.ndim:  # of no parameter: a count
       return sharding.spec()
-    names = [name for key in path if (name := _name(key)) in _AXES]
+    names = _names(path)
     if not names:
       raise ValueError(f"{jax.tree_util.keystr(path)}: no parameter of this name is known; list it")
     axes = _AXES[names[-1]]
+    if names[-1] in _MATRICES and "by_output" in map(_name, path):
+      axes = tuple(axis for axis in reversed(axes) if axis)
     return sharding.spec(*[None] * (leaf.ndim - len(axes)), *axes)
 
   return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _names(path) -> list[str]:
+  """Of parameters, in a path."""
+  return [name for key in path if (name := _name(key)) in _AXES]
 
 
 def _name(key) -> str | None:
