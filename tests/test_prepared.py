@@ -178,8 +178,8 @@ def test_unrolling_leaves_the_model_whole():
   unrolled = UNROLLED
   assert len(unrolled.layers) == TINY.layers
   assert not hasattr(unrolled.trunk, "layers")
-  for i, layer in enumerate(unrolled.layers):
-    np.testing.assert_array_equal(layer.block(TINY.head_dim).mlp.up[...], MODEL.layers.mlp.up[...][i])
+  for i, block in enumerate(unrolled.blocks):
+    np.testing.assert_array_equal(block.mlp.up[...], MODEL.layers.mlp.up[...][i])
   np.testing.assert_array_equal(unrolled.unembed, MODEL.output_matrix)
   jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(MODEL)), before)
 

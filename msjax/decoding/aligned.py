@@ -404,7 +404,7 @@ def _called(model, cells, fed, counters, ask, writes, draws, key):
 
   turn, k, v = trunk.turn(fed.positions[None]), [], []
   x = _embedded(trunk, fed)
-  for block, k_old, v_old in zip(model.layers, cells.k, cells.v):
+  for block, k_old, v_old in zip(model.blocks, cells.k, cells.v):
     attend = functools.partial(_attend, k_old, v_old, (k, v), at, seen, turn)
     x = block(x, attend, sharding.CELLS_WHOLE)
   hidden = trunk.normed(x[:, ask])

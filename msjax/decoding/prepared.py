@@ -125,6 +125,11 @@ class Unrolled(Prepared):
     return _made(_unrolled, model)
 
   @property
+  def blocks(self) -> list[Block]:
+    """The layers as all others know them."""
+    return [axes.by_input(layer.by_output, self.trunk.cfg.head_dim) for layer in self.layers]
+
+  @property
   def key_block(self) -> int:
     """See `Prepared`."""
     return xla.KEY_BLOCK
@@ -132,7 +137,7 @@ class Unrolled(Prepared):
   def through_layers(self, x, turn, cache, visibility, look):
     """See `Prepared`."""
     k_cache, v_cache, attention = list(cache.k), list(cache.v), []
-    for i, layer in enumerate(self.layers):
+    for i, block in enumerate(self.blocks):
       at = self._at(cache)
 
       def attend(q, k, v, q_scale, k_scale, i=i, at=at):
@@ -143,7 +148,7 @@ class Unrolled(Prepared):
           attention.append(attended(_swap(q), k_cache[i], visibility, self.trunk.streams))
         return _swap(xla.attention(_swap(q), k_cache[i], v_cache[i], visibility))
 
-      x = layer.block(self.trunk.cfg.head_dim)(x, attend, sharding.CELLS_WHOLE)
+      x = block(x, attend, sharding.CELLS_WHOLE)
     return x, tuple(k_cache), tuple(v_cache), sum(attention) / len(self.layers) if look else None
 
   _session_axis = 0
@@ -167,10 +172,6 @@ class _ByOutput:
   """
 
   by_output: Block
-
-  def block(self, head_dim: int) -> Block:
-    """The layer as all others know it."""
-    return axes.by_input(self.by_output, head_dim)
 
 
 @jax.tree_util.register_dataclass
