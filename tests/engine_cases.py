@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from msjax.config import Config, ModelConfig
+from msjax.decoding import prepared
 from msjax.decoding.engine import Engine
 from msjax.decoding.policy import Policy
 from msjax.decoding.prepared import Unrolled
-from msjax.kernels import xla
 from msjax.streams import Stream, Streams
 from msjax.training.state import Learner
 
@@ -25,7 +25,7 @@ STREAMS = Streams(
 @pytest.fixture(autouse=True)
 def small_key_blocks(monkeypatch):
   """So that a few rows fill several."""
-  monkeypatch.setattr(xla, "KEY_BLOCK", 4)
+  monkeypatch.setattr(prepared, "KEY_BLOCK", 4)
 
 
 @functools.cache

@@ -27,7 +27,7 @@ def test_attention_is_added_up_by_stream(same_row, skip_silence):
   key_ok = np.zeros((B, k.shape[2]), bool)
   key_ok[:, : tokens[0].size] = streams.key_ok(tokens)
   visibility = streams.visibility_in_cache(tokens[:, -1:], jnp.full(B, fed), jnp.array(key_ok))
-  found = attended(jnp.array(q), jnp.array(k), visibility, streams)
+  found = attended(jnp.array(q), jnp.array(k.swapaxes(2, 3)), visibility, streams)
 
   whole = streams.visibility(jnp.array(tokens)).dense()[:, -S:]
   expected = np.zeros((B, S, S))

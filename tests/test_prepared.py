@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 from msjax.config import Config, ModelConfig
+from msjax.decoding import prepared
 from msjax.decoding import prepared as prepared_lib
 from msjax.decoding.prepared import Stacked, Unrolled
-from msjax.kernels import tpu_decode, xla
+from msjax.kernels import tpu_decode
 from msjax.streams import HOLE, Stream, Streams
 from msjax.training.state import Learner
 
@@ -26,7 +27,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 @pytest.fixture(autouse=True)
 def small_key_blocks(monkeypatch):
   """So that a few rows fill several."""
-  monkeypatch.setattr(xla, "KEY_BLOCK", 4)
+  monkeypatch.setattr(prepared, "KEY_BLOCK", 4)
 
 
 def random_model(count, cfg=TINY, **rule):
@@ -187,7 +188,9 @@ def test_unrolling_leaves_the_model_whole():
 def test_matrices_are_cast_once_and_norms_are_not():
   model = random_model(2, dataclasses.replace(TINY, dtype="bfloat16", tied_head=False))
   unrolled = Unrolled.of(model)
-  assert unrolled.unembed.dtype == unrolled.layers[0].by_output.attention.q[...].dtype == jnp.bfloat16
+  assert (
+    unrolled.unembed.dtype == unrolled.layers[0].by_output.attention.q[...].dtype == jnp.bfloat16
+  )
   assert unrolled.layers[0].by_output.mlp_norm[...].dtype == jnp.float32
   tokens = random_tokens(2, 2)
   logits, _ = feed_all(unrolled, unrolled.room(2, ROWS), tokens)
@@ -195,8 +198,8 @@ def test_matrices_are_cast_once_and_norms_are_not():
 
 
 def test_room_is_made_in_whole_key_blocks():
-  assert UNROLLED.room(1, 1).capacity == xla.KEY_BLOCK
-  assert UNROLLED.room(1, xla.KEY_BLOCK).capacity == 3 * xla.KEY_BLOCK
+  assert UNROLLED.room(1, 1).capacity == prepared.KEY_BLOCK
+  assert UNROLLED.room(1, prepared.KEY_BLOCK).capacity == 3 * prepared.KEY_BLOCK
 
 
 # The scan over layers with the decode kernel.
@@ -235,6 +238,7 @@ def test_a_stacked_cache_holds_what_an_unrolled_one_does():
   ]
   cells = ROWS * 3
   stacked, unrolled = ((cache.k, cache.v) for cache in caches)
+  unrolled = [k.swapaxes(2, 3) for k in unrolled[0]], unrolled[1]
   for ours, theirs in zip(stacked, unrolled):
     by_head = ours.reshape(WIDE.layers, 2, -1, 2, 64).swapaxes(2, 3)
     np.testing.assert_allclose(

@@ -20,13 +20,13 @@ from engine_cases import (
   unrolled,
 )
 
+from msjax.decoding import prepared
 from msjax.decoding.engine import Engine, fill
 from msjax.decoding.policy import Policy, Silence
 from msjax.decoding.session import Slide
 from msjax.decoding.stop import Stop
 from msjax.decoding.tick import FREE
 from msjax.errors import InputError
-from msjax.kernels import xla
 from msjax.streams import HOLE
 from msjax.text.tokenizer import ByteTokenizer
 
@@ -249,7 +249,7 @@ def test_a_block_may_become_longer_while_it_is_read(max_rows):
 
 
 def test_what_others_do_after_a_block_ends_leaves_its_last_row_alone():
-  cells = xla.KEY_BLOCK * 3  # of whole rows and whole blocks
+  cells = prepared.KEY_BLOCK * 3  # of whole rows and whole blocks
   rows = cells // 3
   given = np.tile(prompt(2), (5, 1))[:rows]
 

@@ -10,14 +10,14 @@ import pytest
 from eight_devices import mesh, on_eight_devices
 
 from msjax.config import Config, ModelConfig
-from msjax.decoding import aligned
+from msjax.decoding import aligned, prepared
 from msjax.decoding.engine import Engine, fill
 from msjax.decoding.policy import Policy
 from msjax.decoding.prepared import Unrolled, prepare
 from msjax.decoding.stop import Stop
 from msjax.decoding.tick import FREE
 from msjax.errors import RunError
-from msjax.kernels import api, tpu_decode, xla
+from msjax.kernels import api, tpu_decode
 from msjax.streams import HOLE
 from msjax.training.state import Learner
 
@@ -71,7 +71,7 @@ def decode(sizes, changes, *temperatures):
 
 def decode_in_small_blocks(sizes, changes, *temperatures):
   """With a cache that grows on the way."""
-  with mock.patch.object(xla, "KEY_BLOCK", 4):
+  with mock.patch.object(prepared, "KEY_BLOCK", 4):
     return decode(sizes, changes, *temperatures)
 
 

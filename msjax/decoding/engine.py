@@ -401,7 +401,7 @@ class Engine:
     asked = {s: s.allowed_after(fed(s.coming_row(), s.place)) for s in running if s.has_grammar}
     if not any(asked.values()):
       return knobs
-    V = self.len(model.unembed)
+    V = len(self.model.unembed)
     allowed = np.ones((self.places, len(self.streams), V), bool)
     for session, by_stream in asked.items():
       for s, mask in by_stream.items():

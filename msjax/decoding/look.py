@@ -58,7 +58,7 @@ def attended(q: jax.Array, k: jax.Array, visibility: Visibility, streams: Stream
 
   Args:
     q: [B, N, S, H], the cells of one row in attention order.
-    k: [B, K, M, H], of the cache, the row's own among them.
+    k: [B, K, H, M], of the cache, the row's own among them.
     visibility: of the row.
     streams: whose cells these are.
 
@@ -66,9 +66,9 @@ def attended(q: jax.Array, k: jax.Array, visibility: Visibility, streams: Stream
     float32 [B, S, S], by stream ids: what a cell gives each stream, mean of all chips' heads.
   """
   B, N, S, H = q.shape
-  K, M = k.shape[1:3]
+  K, M = k.shape[1], k.shape[3]
   f32 = {"preferred_element_type": jnp.float32}
-  scores = jnp.einsum("bkgsh,bkmh->bkgsm", q.reshape(B, K, N // K, S, H), k, **f32) / H**0.5
+  scores = jnp.einsum("bkgsh,bkhm->bkgsm", q.reshape(B, K, N // K, S, H), k, **f32) / H**0.5
   seen = visibility.dense()[:, None, None]
   shares = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
   by_cell = sharding.total(shares.sum((1, 2)), "heads") / (N * sharding.size("heads"))

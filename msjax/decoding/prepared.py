@@ -19,6 +19,10 @@ from msjax.models import axes
 from msjax.models.transformer import Block, Transformer
 from msjax.streams import HOLE, Visibility
 
+# Cells of a cache that attention takes at once. With 128, as in grids, a tick of a small model
+# spends most of its time between operations.
+KEY_BLOCK = 512
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared(abc.ABC):
@@ -59,20 +63,21 @@ class Prepared(abc.ABC):
     M = -(-rows * len(self.trunk.streams) // self.key_block) * self.key_block
 
     def empty():
-      k, v = self._zeros(batch, M), self._zeros(batch, M)
-      return Cache(k, v, jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32))
+      k, v = self._zeros(batch, M)
+      return Cache(k, v, jnp.zeros((batch, M), bool), jnp.zeros(batch, jnp.int32), self._key_axis)
 
     return sharding.empty(empty, self.cache_specs(jax.eval_shape(empty), sessions))
 
   def cache_specs(self, cache: Cache, sessions: str | None = "batch") -> Cache:
     """How the arrays of a cache of this model are cut: by sessions (None: not) and heads."""
     k, v = jax.tree.map(lambda _: self._key_spec(sessions), (cache.k, cache.v))
-    return Cache(k, v, sharding.spec(sessions), sharding.spec(sessions))
+    of_sessions = sharding.spec(sessions)
+    return dataclasses.replace(cache, k=k, v=v, key_ok=of_sessions, row=of_sessions)
 
   def cache_session_axes(self, cache: Cache) -> Cache:
     """Which axis of each array of a cache is that of sessions."""
     k, v = jax.tree.map(lambda _: self._session_axis, (cache.k, cache.v))
-    return Cache(k, v, 0, 0)
+    return dataclasses.replace(cache, k=k, v=v, key_ok=0, row=0)
 
   @property
   @abc.abstractmethod
@@ -95,13 +100,18 @@ class Prepared(abc.ABC):
   def _session_axis(self) -> int:
     """Which axis of keys or values of a cache is that of sessions."""
 
+  @property
+  @abc.abstractmethod
+  def _key_axis(self) -> int:
+    """Which axis of keys is that of cells."""
+
   @abc.abstractmethod
   def _key_spec(self, sessions: str | None) -> jax.P:
     """How each array of keys or values of a cache is cut."""
 
   @abc.abstractmethod
-  def _zeros(self, batch: int, M: int) -> Any:
-    """Keys or values of an empty cache."""
+  def _zeros(self, batch: int, M: int) -> tuple[Any, Any]:
+    """Keys and values of an empty cache."""
 
   def _at(self, cache: Cache) -> jax.Array:
     """Where the row goes in each session, int32 [B]."""
@@ -114,7 +124,8 @@ class Unrolled(Prepared):
   """One layer after another, each with arrays of its own: for CPU and GPU.
 
   On CPU a scan over stacked layers copies every slice, which takes three to five times as long as
-  the pass itself. The cache of a layer is [B, K, M, H]: a head's keys lie together.
+  the pass itself. A head's keys and values lie together in the cache of a layer, [B, K, H, M] and
+  [B, K, M, H]: as products take them.
   """
 
   layers: tuple["_ByOutput", ...]
@@ -132,7 +143,7 @@ class Unrolled(Prepared):
   @property
   def key_block(self) -> int:
     """See `Prepared`."""
-    return xla.KEY_BLOCK
+    return KEY_BLOCK
 
   def through_layers(self, x, turn, cache, visibility, look):
     """See `Prepared`."""
@@ -142,24 +153,29 @@ class Unrolled(Prepared):
 
       def attend(q, k, v, q_scale, k_scale, i=i, at=at):
         q, k = turn(q, q_scale), turn(k, k_scale)
-        k_cache[i] = _write(k_cache[i], k, at)
-        v_cache[i] = _write(v_cache[i], v, at)
+        k_cache[i] = jax.vmap(
+          lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, 0, at))
+        )(k_cache[i], k.transpose(0, 2, 3, 1), at)
+        v_cache[i] = _write(v_cache[i], _swap(v), at, axis=2)
         if look:
           attention.append(attended(_swap(q), k_cache[i], visibility, self.trunk.streams))
-        return _swap(xla.attention(_swap(q), k_cache[i], v_cache[i], visibility))
+        heads = _swap(q), k_cache[i], v_cache[i]
+        return _swap(xla.attention(*heads, visibility, key_block=KEY_BLOCK))
 
       x = block(x, attend, sharding.CELLS_WHOLE)
     return x, tuple(k_cache), tuple(v_cache), sum(attention) / len(self.layers) if look else None
 
   _session_axis = 0
+  _key_axis = 3
 
   def _key_spec(self, sessions):
     return sharding.spec(sessions, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
-    shape = batch, cfg.kv_heads, M, cfg.head_dim
-    return tuple(jnp.zeros(shape, self.trunk.dtype) for _ in range(cfg.layers))
+    K, H = cfg.kv_heads, cfg.head_dim
+    of_layers = lambda *shape: tuple(jnp.zeros(shape, self.trunk.dtype) for _ in range(cfg.layers))
+    return of_layers(batch, K, H, M), of_layers(batch, K, M, H)
 
 
 @jax.tree_util.register_dataclass
@@ -208,12 +224,12 @@ class Stacked(Prepared):
         new.extend((turn(k, k_scale), v))
         q = turn(q, q_scale)
         if look:
-          keys = self._with_rows(cache.k[i], new[0], cache)
+          keys = jnp.swapaxes(self._with_rows(cache.k[i], new[0], cache), 2, 3)
           attention.append(attended(_swap(q), keys, visibility, self.trunk.streams))
         if one_row:
           return tpu_decode.attention(q, *new, cache.k, cache.v, i, plan)
         k, v = (self._with_rows(old[i], rows, cache) for old, rows in zip((cache.k, cache.v), new))
-        return _swap(xla.attention(_swap(q), k, v, visibility))
+        return _swap(xla.attention(_swap(q), jnp.swapaxes(k, 2, 3), v, visibility))
 
       x = block(x, attend, sharding.CELLS_WHOLE)
       new = tuple(rows.reshape(*rows.shape[:2], -1) for rows in new)
@@ -233,13 +249,15 @@ class Stacked(Prepared):
     return _swap(joined.reshape(B, -1, K, H))
 
   _session_axis = 1
+  _key_axis = 2
 
   def _key_spec(self, sessions):
     return sharding.spec(None, sessions, None, "heads")
 
   def _zeros(self, batch, M):
     cfg = self.trunk.cfg
-    return jnp.zeros((cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim), self.trunk.dtype)
+    shape = cfg.layers, batch, M, cfg.kv_heads * cfg.head_dim
+    return jnp.zeros(shape, self.trunk.dtype), jnp.zeros(shape, self.trunk.dtype)
 
 
 def feed(
@@ -287,7 +305,8 @@ def _feed(model, cache, tokens, count, positions, look):
   x = _embedded(trunk, tokens)
   x, k, v, attention = model.through_layers(x, turn, cache, visibility, look)
   hidden = streams.from_attention(trunk.normed(x))
-  return hidden, Cache(k, v, key_ok, cache.row + (R if count is None else count)), attention
+  row = cache.row + (R if count is None else count)
+  return hidden, dataclasses.replace(cache, k=k, v=v, key_ok=key_ok, row=row), attention
 
 
 def _embedded(trunk, tokens):
@@ -338,10 +357,13 @@ def _trunk(model):
   return trunk
 
 
-def _write(cache, new, at):
-  """Writes keys or values of rows [B, C * S, K, H] into a cache [B, K, M, H]."""
-  put = jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, at, 0)))
-  return put(cache, _swap(new).astype(cache.dtype), at)
+def _write(cache, new, at, axis):
+  """Writes keys or values of rows into a cache, from cells `at` [B] on; `axis` is that of cells."""
+
+  def put(old, new, at):
+    return jax.lax.dynamic_update_slice_in_dim(old, new, at, axis - 1)
+
+  return jax.vmap(put)(cache, new.astype(cache.dtype), at)
 
 
 def _swap(x):

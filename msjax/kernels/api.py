@@ -103,7 +103,8 @@ def of_grid(
     attend = lambda q, k, v, key: splash.attention(q, k, v, visibility, streams)
   else:
     drop = lambda key: xla.Dropout(dropout, key) if dropout and key is not None else None
-    attend = lambda q, k, v, key: xla.attention(q, k, v, visibility, drop(key))
+    columns = lambda k: jnp.swapaxes(k, 2, 3)
+    attend = lambda q, k, v, key: xla.attention(q, columns(k), v, visibility, drop(key))
   return functools.partial(_turn_by_xla, turn, attend)
 
 

@@ -126,7 +126,8 @@ def cases(shape: Shape) -> list[Case]:
 
 def gpu_cases(shape: Shape) -> list[Case]:
   """Returns all there is to compare on GPU, pass by pass."""
-  make = functools.partial(_make, xla.attention, shape)
+  attend = lambda q, k, v, visibility: xla.attention(q, jnp.swapaxes(k, 2, 3), v, visibility)
+  make = functools.partial(_make, attend, shape)
   chunked = [Case("XLA chunked", direction, make, shape.heads) for direction in PASSES[:2]]
   found = [*chunked, *dense_cases(shape)]
   return sorted(found, key=lambda case: PASSES.index(case.direction))

@@ -35,25 +35,29 @@ def attention(
   v: jax.Array,
   visibility: Visibility,
   dropout: Dropout | None = None,
+  key_block: int | None = None,
 ) -> jax.Array:
   """Softmax attention of every query over the keys it sees; differentiable in q, k and v.
 
   Args:
     q: [B, N, L, H], cells in attention order; N a multiple of K (grouped queries).
-    k: [B, K, M, H]; in training M = L, in decoding the cache.
+    k: [B, K, H, M], as columns: so products with queries take them as they lie. In training M = L,
+      in decoding it is the cache's.
     v: [B, K, M, H].
     visibility: which keys each query sees. Each sees at least its own, so no softmax is empty.
     dropout: None when decoding and evaluating.
+    key_block: how many keys are taken at once; None: `KEY_BLOCK`.
 
   Returns:
     [B, N, L, H] in the dtype of q; scores and sums are float32. What the backward pass takes from
     the forward pass is named "attention" for remat policies.
   """
   B, N, L, H = q.shape
-  K, M = k.shape[1:3]
-  blocks = _Blocks(min(QUERY_BLOCK, L), min(KEY_BLOCK, M), dropout.rate if dropout else 0.0)
+  K, M = v.shape[1:3]
+  rate = dropout.rate if dropout else 0.0
+  blocks = _Blocks(min(QUERY_BLOCK, L), min(key_block or KEY_BLOCK, M), rate)
   q = _pad(q.reshape(B, K, N // K, L, H), 3, blocks.queries)
-  k, v = _pad(k, 2, blocks.keys), _pad(v, 2, blocks.keys)
+  k, v = _pad(k, 3, blocks.keys), _pad(v, 2, blocks.keys)
   visibility = Visibility(
     *(_pad(x, 1, blocks.queries, mode="edge") for x in visibility[:3]),
     key_ok=_pad(visibility.key_ok, 1, blocks.keys),
@@ -110,8 +114,8 @@ def _chunk(blocks, q, visibility, i) -> _Chunk:
 
 def _scores(blocks, chunk, k, j):
   """Scaled scores of a chunk against key block j, float32 [B, K, G, c, keys], and who is seen."""
-  kj = _slice(k, j, blocks.keys, 2)
-  s = jnp.einsum("bkgqh,bkch->bkgqc", chunk.q, kj, preferred_element_type=jnp.float32)
+  kj = _slice(k, j, blocks.keys, 3)
+  s = jnp.einsum("bkgqh,bkhc->bkgqc", chunk.q, kj, preferred_element_type=jnp.float32)
   index = j * blocks.keys + jnp.arange(blocks.keys)
   see = chunk.visibility
   ok = (index >= see.start[..., None]) & (index < see.end[..., None])
@@ -137,7 +141,7 @@ def _attention(blocks, q, k, v, visibility, key):
 
 def _forward(blocks, q, k, v, visibility, key):
   """Returns out [B, K, G, L, H] and the log of the softmax's sum [B, K, G, L]."""
-  n_chunks, n_blocks = q.shape[3] // blocks.queries, k.shape[2] // blocks.keys
+  n_chunks, n_blocks = q.shape[3] // blocks.queries, v.shape[2] // blocks.keys
 
   def chunk_out(i):
     chunk = _chunk(blocks, q, visibility, i)
@@ -173,7 +177,7 @@ def _forward_saving(blocks, q, k, v, visibility, key):
 
 def _backward(blocks, saved, dout):
   q, k, v, visibility, key, out, log_sum = saved
-  n_chunks, n_blocks = q.shape[3] // blocks.queries, k.shape[2] // blocks.keys
+  n_chunks, n_blocks = q.shape[3] // blocks.queries, v.shape[2] // blocks.keys
   scale = 1 / math.sqrt(q.shape[-1])
   delta = (dout.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
 
@@ -185,15 +189,15 @@ def _backward(blocks, saved, dout):
       dq, dk, dv = carry
       s, ok = _scores(blocks, chunk, k, j)
       p = jnp.where(ok, jnp.exp(s - log_total[..., None]), 0.0)
-      vj, kj = _slice(v, j, blocks.keys, 2), _slice(k, j, blocks.keys, 2)
+      vj, kj = _slice(v, j, blocks.keys, 2), _slice(k, j, blocks.keys, 3)
       kept = _kept(blocks, key, i, j, p.shape)
       dp = jnp.einsum("bkgqh,bkch->bkgqc", do, vj, preferred_element_type=jnp.float32) * kept
       ds = (p * (dp - d[..., None]) * scale).astype(q.dtype)
       pd = (p * kept).astype(q.dtype)
       f32 = {"preferred_element_type": jnp.float32}
-      dq += jnp.einsum("bkgqc,bkch->bkgqh", ds, kj, **f32)
-      dk = _add(dk, jnp.einsum("bkgqc,bkgqh->bkch", ds, chunk.q, **f32), j, blocks.keys)
-      dv = _add(dv, jnp.einsum("bkgqc,bkgqh->bkch", pd, do, **f32), j, blocks.keys)
+      dq += jnp.einsum("bkgqc,bkhc->bkgqh", ds, kj, **f32)
+      dk = _add(dk, jnp.einsum("bkgqc,bkgqh->bkhc", ds, chunk.q, **f32), j, blocks.keys, 3)
+      dv = _add(dv, jnp.einsum("bkgqc,bkgqh->bkch", pd, do, **f32), j, blocks.keys, 2)
       return dq, dk, dv
 
     dq = jnp.zeros(chunk.q.shape, jnp.float32)
@@ -209,10 +213,10 @@ def _backward(blocks, saved, dout):
   return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
 
 
-def _add(total, part, j, size):
-  """Adds a block's part [B, K, size, H] into `total` in place."""
-  old = _slice(total, j, size, 2)
-  return jax.lax.dynamic_update_slice_in_dim(total, old + part, j * size, 2)
+def _add(total, part, j, size, axis):
+  """Adds a block's part into `total` in place; `axis` is that of keys."""
+  old = _slice(total, j, size, axis)
+  return jax.lax.dynamic_update_slice_in_dim(total, old + part, j * size, axis)
 
 
 _attention.defvjp(_forward_saving, _backward)
