@@ -142,6 +142,15 @@ def test_another_model_or_engine_is_refused(tmp_path):
     list(replay(named("one"), logged))
 
 
+def test_another_mesh_is_refused(tmp_path):
+  with Log(tmp_path / "log", engine(), engine().join()):
+    pass
+  logged = Logged.read(tmp_path / "log")
+  logged.header["chips"]["heads"] = 2
+  with pytest.raises(InputError, match=r"cuts .*'heads': 2.*'heads': 1.*--model_chips=2"):
+    list(replay(engine(), logged))
+
+
 @pytest.mark.parametrize(
   ("text", "message"),
   [

@@ -26,7 +26,7 @@ from msjax.decoding.official import Options
 from msjax.decoding.policy import Policy, Silence
 from msjax.decoding.prepared import Unrolled
 from msjax.decoding.tick import FREE
-from msjax.errors import InputError
+from msjax.errors import InputError, RunError
 from msjax.streams import Stream, Streams
 from msjax.text.hf_tokenizer import train_bpe
 from msjax.training.state import Learner
@@ -336,6 +336,19 @@ def test_a_conversation_waits_while_others_answer():
   np.testing.assert_array_equal(found_tokens, expected[1])
   rows.close()
   assert not here.sessions
+
+
+def test_who_waits_for_one_who_waits_is_told_so():
+  here = engine()
+  talks = [official.converse(here, GREEDY) for _ in range(here.places + 1)]
+  for rows in talks[:-1]:
+    next(rows), next(rows)
+  next(talks[-1])
+  with pytest.raises(RunError, match=r"waits for a place.*paused"):
+    next(talks[-1])
+  assert len(here.sessions) == here.places
+  for rows in talks:
+    rows.close()
 
 
 def test_two_answers_are_made_side_by_side():

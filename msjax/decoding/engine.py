@@ -25,6 +25,7 @@ from msjax.decoding.session import (
   PAUSED,
   READING,
   RUNNING,
+  WAITING,
   Bounds,
   Session,
   Setting,
@@ -33,7 +34,7 @@ from msjax.decoding.session import (
 from msjax.decoding.snapshot import Snapshot
 from msjax.decoding.stop import Limits, Stop
 from msjax.decoding.tick import FREE, NOT_FED, State
-from msjax.errors import InputError
+from msjax.errors import InputError, RunError
 from msjax.mesh import check_sessions
 from msjax.text.tokenizer import StreamDecoder
 
@@ -237,6 +238,19 @@ class Engine:
     if session.status not in (RUNNING, PAUSED):
       raise InputError(f"{session}: nothing is proposed yet; expected one that runs or is paused")
     return self._told[session.place].copy()
+
+  def step_towards(self, session: Session) -> None:
+    """Takes a step for the sake of a session.
+
+    Raises:
+      RunError: it waits for a place, and steps free none: those who have them are paused.
+    """
+    fed, standing = self.step(), (WAITING, PAUSED)
+    if not fed and session.status == WAITING and all(s.status in standing for s in self.sessions):
+      raise RunError(
+        f"session {session.number}: waits for a place, and paused sessions have all "
+        f"{self.places}; expected one that goes on or ends, or an Engine with more places"
+      )
 
   def _let_go(self) -> None:
     """Frees the places of sessions that have ended."""

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 import msjax
+from msjax import sharding
 from msjax.decoding.engine import Engine
 from msjax.decoding.session import PAUSED, READING, RUNNING, Session, Setting
 from msjax.decoding.stop import Stop
@@ -48,6 +49,7 @@ class Log:
       "identity": engine.identity(),
       "made_by": _made_by(),
       "engine": engine_options(engine),
+      "chips": _chips(),
       "streams": engine.streams.to_json(),
       "setting": session.setting.to_json(f"session {session.number}") | {"number": number},
       "about": dict(about or {}),
@@ -128,12 +130,17 @@ def engine_options(engine: Engine) -> dict[str, Any]:
   }
 
 
+def _chips() -> dict[str, int]:
+  """Into how many parts the mesh in use cuts sessions and heads, by which sums are made."""
+  return {"sessions": sharding.chips("batch"), "heads": sharding.chips("heads")}
+
+
 def replay(engine: Engine, logged: Logged) -> Iterator[np.ndarray]:
   """Yields the rows int32 [S] of a log, drawn once more; other sessions may go on beside it.
 
   Raises:
-    InputError: a log of another model, other streams, or an engine of other sizes.
-    RunError: a row that comes out otherwise.
+    InputError: a log of another model, other streams, another mesh, or an engine of other sizes.
+    RunError: a row that comes out otherwise; no place gets free.
   """
   _check(engine, logged)
   session, told = engine.admit(_Replayed(engine, logged)), 0
@@ -145,7 +152,7 @@ def replay(engine: Engine, logged: Logged) -> Iterator[np.ndarray]:
         break
       while (number := session.next_number) is not None:
         engine.renumber(session, number)
-      engine.step()
+      engine.step_towards(session)
     session.check_all()
   finally:
     session.end(session.reason or "not asked for any more")
@@ -160,6 +167,11 @@ def _check(engine: Engine, logged: Logged) -> None:
     )
   if streams != engine.streams.to_json():
     raise InputError(f"{logged.path}: is of streams {streams}; expected {engine.streams.to_json()}")
+  if (chips := logged.header["chips"]) != _chips():
+    raise InputError(
+      f"{logged.path}: was made on a mesh that cuts {chips}; this one cuts {_chips()}; replay it on "
+      f"one like its own (--model_chips={chips['heads']})"
+    )
   if logged.engine != engine_options(engine):
     raise InputError(
       f"{logged.path}: is of an Engine with {logged.engine}; expected that, not "

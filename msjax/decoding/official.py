@@ -132,7 +132,7 @@ def generate(
 
   Raises:
     InputError: no such stream or token, an option out of range.
-    RunError: while rows are made, for the model's logits are not finite.
+    RunError: while rows are made: the model's logits are not finite, or no place gets free.
   """
   plan = _Plan.of(engine.streams, options)
   start = len(plan.rows) if options.warm_start is not None else max(options.pre_think, plan.read)
@@ -177,7 +177,7 @@ def converse(
 
   Raises:
     InputError: no such stream or token, an option out of range; of tokens when they are sent.
-    RunError: while rows are made, for the model's logits are not finite.
+    RunError: while rows are made: the model's logits are not finite, or no place gets free.
   """
   plan = _Plan.of(engine.streams, options)
   silence = {"ramp": _RAMP, "since": plan.read, "while_read": options.during_user_talk}
@@ -336,7 +336,7 @@ def _row(plan: "_Plan", session: Session | None, index: int, tokens: np.ndarray)
 def _has(engine: Engine, session: Session, index: int) -> bool:
   """Takes steps until a session has the row, or has ended without it."""
   while len(session.rows) <= index and session.status != ENDED:
-    engine.step()
+    engine.step_towards(session)
   return len(session.rows) > index
 
 
