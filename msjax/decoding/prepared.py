@@ -120,6 +120,18 @@ class Prepared(abc.ABC):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class _ByOutput:
+  """A layer whose matrices lie by their outputs, as rows.
+
+  On CPU a product of some rows with them is a dot product for each, of which XLA copies nothing
+  first: with ten rows it takes two thirds of the time.
+  """
+
+  by_output: Block
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Unrolled(Prepared):
   """One layer after another, each with arrays of its own: for CPU and GPU.
 
@@ -128,7 +140,7 @@ class Unrolled(Prepared):
   [B, K, M, H]: as products take them.
   """
 
-  layers: tuple["_ByOutput", ...]
+  layers: tuple[_ByOutput, ...]
 
   @classmethod
   def of(cls, model: Transformer) -> "Unrolled":
@@ -153,9 +165,7 @@ class Unrolled(Prepared):
 
       def attend(q, k, v, q_scale, k_scale, i=i, at=at):
         q, k = turn(q, q_scale), turn(k, k_scale)
-        k_cache[i] = jax.vmap(
-          lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (0, 0, at))
-        )(k_cache[i], k.transpose(0, 2, 3, 1), at)
+        k_cache[i] = _write(k_cache[i], k.transpose(0, 2, 3, 1), at, axis=self._key_axis)
         v_cache[i] = _write(v_cache[i], _swap(v), at, axis=2)
         if look:
           attention.append(attended(_swap(q), k_cache[i], visibility, self.trunk.streams))
@@ -176,18 +186,6 @@ class Unrolled(Prepared):
     K, H = cfg.kv_heads, cfg.head_dim
     of_layers = lambda *shape: tuple(jnp.zeros(shape, self.trunk.dtype) for _ in range(cfg.layers))
     return of_layers(batch, K, H, M), of_layers(batch, K, M, H)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class _ByOutput:
-  """A layer whose matrices lie by their outputs, as rows.
-
-  On CPU a product of some rows with them is a dot product for each, of which XLA copies nothing
-  first: with ten rows it takes two thirds of the time.
-  """
-
-  by_output: Block
 
 
 @jax.tree_util.register_dataclass

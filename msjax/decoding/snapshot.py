@@ -21,7 +21,7 @@ from msjax.decoding.tick import State
 from msjax.errors import InputError
 from msjax.files import replacing
 
-FORMAT = "msjax session 1"
+FORMAT = "msjax session 2"
 _HEADER = "session"  # an array of JSON, for safetensors' own headers have a limit
 
 
