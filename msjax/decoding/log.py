@@ -169,8 +169,8 @@ def _check(engine: Engine, logged: Logged) -> None:
     raise InputError(f"{logged.path}: is of streams {streams}; expected {engine.streams.to_json()}")
   if (chips := logged.header["chips"]) != _chips():
     raise InputError(
-      f"{logged.path}: was made on a mesh that cuts {chips}; this one cuts {_chips()}; replay it on "
-      f"one like its own (--model_chips={chips['heads']})"
+      f"{logged.path}: was made on a mesh that cuts {chips}; this one cuts {_chips()}; replay it "
+      f"on one like its own (--model_chips={chips['heads']})"
     )
   if logged.engine != engine_options(engine):
     raise InputError(
