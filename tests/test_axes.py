@@ -51,7 +51,7 @@ def parts(tree, shape=(1, 1, 2, 2, 2)):
     jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(axes.specs(tree))
   ):
     keys = [getattr(key, "key", getattr(key, "name", None)) for key in path]
-    name = next((key for key in reversed(keys) if key in PARTS or key == "columns"), None)
+    name = next((key for key in reversed(keys) if key in PARTS or key == "unembed"), None)
     here = NamedSharding(mesh, spec).shard_shape(array.shape)
     found.append((name, tuple(whole // part for whole, part in zip(array.shape, here))))
   return found
@@ -83,10 +83,10 @@ def test_a_prepared_model_is_cut_by_model(variant, tied_head):
     lambda: variant.of(learner.model(learner.init(jax.random.key(0)).params))
   )
   found = dict(parts(prepared, (1, 2, 1, 1, 4)))
-  stacked = (1,) * (variant is Stacked)
-  assert found["columns"] == found["embed"] == (1, 4)
-  assert found["q"] == (*stacked, 1, 4, 1)
-  assert found["out"] == (*stacked, 4, 1, 1)
-  assert found["down"] == (*stacked, 4, 1)
-  assert found["mlp_norm"] == (*stacked, 1)
+  assert found["embed"] == (1, 4)
+  assert found["unembed"] == (4, 1)
+  names = "q", "out", "gate", "down", "mlp_norm"
+  of_stacked = (1, 1, 4, 1), (1, 4, 1, 1), (1, 1, 4), (1, 4, 1), (1, 1)
+  by_output = (4, 1), (1, 4), (4, 1), (1, 4), (1,)
+  assert [found[name] for name in names] == list(of_stacked if variant is Stacked else by_output)
   assert "head" not in found
