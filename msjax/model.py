@@ -208,14 +208,27 @@ class Model:
 
   def answers(
     self,
-    prompts: Iterable[tuple[int, Prompt]],
+    prompts: Iterable[Prompt | Mapping[str, Any]],
     places: int = 8,
     policies: Mapping[str, Policy] | Policy = TALK,
     seed: int = 0,
   ) -> Iterator[tuple[int, list[Row], str]]:
-    """Lets many conversations go on side by side; policies as for `generate`, the rest as for
-    `conversation.answers`."""
-    return answers(self, prompts, places, self._by_stream(policies), seed)
+    """Lets many conversations go on side by side.
+
+    Args:
+      prompts: each a `Prompt`, or a dict of `inputs`, `at` and `rows`, which are as for `generate`.
+      places: conversations at a time.
+      policies: as for `generate`.
+      seed: with the number of the prompt it says what is drawn.
+
+    Yields:
+      Which prompt (from 0), its rows, and why they end, of each when it is over.
+
+    Raises:
+      InputError: as for `generate`; something that is no prompt.
+    """
+    numbered = enumerate(map(Prompt.of, prompts))
+    return answers(self, numbered, places, self._by_stream(policies), seed)
 
   def _by_stream(self, policies: Mapping[str, Policy] | Policy) -> dict[str, Policy]:
     """One for each stream."""

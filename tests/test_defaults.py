@@ -58,7 +58,7 @@ def model():
 
 def answered(model, **policies):
   """What the model says in 8 chats, and in which share of the rows."""
-  prompts = [(n, Prompt({"user": SAID[n % len(SAID)]}, rows=ROWS)) for n in range(8)]
+  prompts = [Prompt({"user": SAID[n % len(SAID)]}, rows=ROWS) for n in range(8)]
   found = []
   for _, rows, _ in model.answers(prompts, places=8, **policies):
     silent = [row.tokens["output"] == BYTES.silence_id for row in rows]

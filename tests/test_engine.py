@@ -324,7 +324,10 @@ def test_policies_are_those_of_each_stream_and_session():
       "session 4, stream 'output': temperature: -1.0; expected 0 or more",
     ),
     ({"policies": Policy(presence_penalty=1.0)}, "expected an Engine made with remembers=True"),
+    ({"policies": {"think": {"top_k": 3}}}, r"policies: {'top_k': 3} for stream 'think'; expected"),
     ({"stop": Stop(tokens={"outputs": 3})}, "stream 'outputs' is unknown"),
+    ({"stop": Stop(end_id=4)}, "session 4: stop.end_id: 4, and no end_streams; expected both"),
+    ({"stop": Stop(end_id=4, end_streams="think")}, "stop.end_streams: 'think'; expected a tuple"),
   ],
 )
 def test_what_is_wrong_is_refused_and_the_others_go_on(words, message):
@@ -343,6 +346,7 @@ def test_what_is_wrong_is_refused_and_the_others_go_on(words, message):
     ("say", ("think", [1]), "session 0: stream 'think' is written by the model; .*user"),
     ("say", ("users", [1]), "stream 'users' is unknown: .* did you mean 'user'"),
     ("say", ("user", [VOCAB]), "session 0: stream 'user': 20 is no token; expected 0 to 19"),
+    ("say", ("user", [1.5]), "session 0: stream 'user': 1.5 is no token; expected 0 to 19"),
     ("say", ("user", [1] * 9), "session 0: stream 'user': 0 tokens wait .* limit of 8"),
     ("force", ("user", [1]), "session 0: stream 'user' is an input; say it"),
     ("say", ("user", "hi"), "session 0: 'hi': expected token ids; encode text first"),

@@ -57,6 +57,12 @@ def test_what_cannot_be_said_is_told_and_the_session_goes_on(capsys, monkeypatch
   assert "".join(row["text"]["user"] for row in rows) == "ok"
 
 
+def test_what_is_said_to_a_stream_of_the_models_is_told(capsys):
+  rows, errors = interacted(capsys, "output: hey\nps: ok\n")
+  assert re.search(r"error: session 0: stream 'output' is written by the model", errors)
+  assert "".join(row["text"]["user"] for row in rows) == "ps: ok"
+
+
 def test_one_conversation_is_printed_logged_and_replayed(capsys, tmp_path):
   model, path = talker(), tmp_path / "log"
   log = live.LogTo(path, {"workdir": "somewhere"})

@@ -16,7 +16,8 @@ from msjax.decoding.tick import FREE
 from msjax.errors import InputError
 from msjax.model import Model
 from msjax.streams import HOLE, Stream, Streams
-from msjax.talk.conversation import Schedule
+from msjax.talk import conversation
+from msjax.talk.conversation import Prompt, Schedule
 from msjax.text.tokenizer import ByteTokenizer
 from msjax.training.state import Learner
 
@@ -210,6 +211,30 @@ def test_text_may_come_later_and_queues_up_in_order():
 def test_wrong_requests_are_told_at_once(arguments, told):
   with pytest.raises(InputError, match=told):
     talker().generate(**arguments)  # before the first row is asked for
+
+
+def test_prompts_are_answered_side_by_side():
+  prompts = [
+    {"inputs": {"user": "ab"}, "rows": 6},
+    Prompt({"user": "c"}, [(4, "user", "d")], 9),
+    {},
+  ]
+  found = {n: (rows, reason) for n, rows, reason in talker().answers(prompts, places=2)}
+  assert [len(found[n][0]) for n in range(2)] == [6, 9]
+  assert ["".join(row.text["user"] for row in found[n][0]) for n in range(3)] == ["ab", "cd", ""]
+  assert found[0][1] == found[1][1] == "rows"
+  for wrong in ("hello", {"input": {}}, (0, Prompt())):
+    with pytest.raises(
+      InputError, match=r"^prompt: .*; expected a Prompt, or a dict of inputs, at"
+    ):
+      list(talker().answers([wrong]))
+
+
+def test_what_no_context_takes_is_refused(monkeypatch):
+  monkeypatch.setattr(conversation, "MAX_ROWS", 8)
+  for arguments, name in (({"inputs": {"user": "a" * 8}}, "text"), ({"rows": 9}, "rows")):
+    with pytest.raises(InputError, match=f"^{name}: 9 rows; expected at most the 8 of a context"):
+      talker().generate(**arguments)
 
 
 def test_a_model_without_input_streams_is_prompted_in_any():

@@ -14,6 +14,10 @@ from msjax.errors import InputError
   [
     (Policy(temperature=-0.1), "temperature: -0.1; expected 0 or more"),
     (Policy(temperature=float("nan")), "temperature: nan; expected 0 or more"),
+    (Policy(temperature="hot"), "temperature: 'hot'; expected a number"),
+    (Policy(top_k=2.5), "top_k: 2.5; expected a whole number"),
+    (Policy(silence=8), "silence: 8; expected a Silence"),
+    (Policy(silence=Silence(ramp=None)), "silence.ramp: None; expected a whole number"),
     (Policy(top_k=-1), r"top_k: -1; expected 0 \(all\) or more"),
     (Policy(top_p=0), "top_p: 0; expected more than 0, at most 1"),
     (Policy(min_p=1.0), "min_p: 1.0; expected 0 or more, less than 1"),

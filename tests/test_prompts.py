@@ -75,6 +75,13 @@ def test_answers_of_another_run_are_refused(model, tmp_path, options):
   assert (tmp_path / "out").read_bytes() == before
 
 
+def test_how_many_are_answered_is_told(model, tmp_path, capsys):
+  for count, before in ((4, 0), (0, 4)):
+    answered(model, tmp_path)
+    told = f"{count} answers in {tmp_path / 'out'}, beside {before} that were there\n"
+    assert capsys.readouterr().out == told
+
+
 def test_answers_go_to_stdout(model, tmp_path, capsys):
   answer(model, written(tmp_path / "prompts"), None, places=3, policies=HOT, seed=1)
   assert sorted(json.loads(line)["prompt"] for line in capsys.readouterr().out.splitlines()) == [

@@ -38,6 +38,7 @@ from msjax.errors import InputError, RunError
 from msjax.mesh import check_sessions
 from msjax.text.tokenizer import StreamDecoder
 
+MAX_ROWS = 1 << 16  # of a context, where nothing else is said
 _GREEDY, _NO_STOP = Policy(), Stop()
 _AT_ONCE = 32  # rows that are read between two ticks
 
@@ -62,7 +63,7 @@ class Engine:
     model: Prepared,
     places: int = 1,
     rows: int = 64,
-    max_rows: int = 1 << 16,
+    max_rows: int = MAX_ROWS,
     rows_at_once: int | None = None,
     remembers: bool = False,
     queue_limit: int = 1 << 16,
@@ -437,8 +438,10 @@ class Engine:
     names = self.streams.names
     if isinstance(policies, Policy):
       policies = dict.fromkeys(names, policies)
-    for name in policies:
+    for name, policy in policies.items():
       self.streams.id(name)
+      if not isinstance(policy, Policy):
+        raise InputError(f"policies: {policy!r} for stream {name!r}; expected a Policy")
     return tuple(policies.get(name, _GREEDY) for name in names)
 
   def _check(self, setting: Setting) -> None:

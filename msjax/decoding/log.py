@@ -136,13 +136,17 @@ def _chips() -> dict[str, int]:
 
 
 def replay(engine: Engine, logged: Logged) -> Iterator[np.ndarray]:
-  """Yields the rows int32 [S] of a log, drawn once more; other sessions may go on beside it.
+  """Returns the rows int32 [S] of a log, drawn once more; other sessions may go on beside it.
 
   Raises:
     InputError: a log of another model, other streams, another mesh, or an engine of other sizes.
-    RunError: a row that comes out otherwise; no place gets free.
+    RunError: while rows are made: one that comes out otherwise; no place gets free.
   """
   _check(engine, logged)
+  return _rows(engine, logged)
+
+
+def _rows(engine, logged):
   session, told = engine.admit(_Replayed(engine, logged)), 0
   try:
     while True:

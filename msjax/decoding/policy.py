@@ -3,6 +3,7 @@ stream is silent."""
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,9 @@ class Policy:
   def check(self, where: str, vocab_size: int) -> None:
     """Refuses what is out of range; `where` names session and stream."""
     s = self.silence
+    if not isinstance(s, Silence):
+      raise InputError(f"{where}: silence: {s!r}; expected a Silence")
+    self._check_kinds(where)
     for name, value, ok, expected in (
       ("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"),
       ("top_k", self.top_k, self.top_k >= 0, "0 (all) or more"),
@@ -121,6 +125,16 @@ class Policy:
           f"{where}: logit_bias: {bias} for token {token}; expected numbers for tokens 0 to "
           f"{vocab_size - 1}"
         )
+
+  def _check_kinds(self, where: str) -> None:
+    """Refuses what is no number, or no whole one."""
+    for prefix, owner in (("", self), ("silence.", self.silence)):
+      for field in dataclasses.fields(owner):
+        value, kind = getattr(owner, field.name), type(field.default)
+        accepted = {int: numbers.Integral, float: numbers.Real}.get(kind)
+        if accepted and not isinstance(value, accepted):
+          what = "a whole number" if kind is int else "a number"
+          raise InputError(f"{where}: {prefix}{field.name}: {value!r}; expected {what}")
 
   @property
   def remembers(self) -> bool:

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -398,14 +399,12 @@ class Session:
     if isinstance(ids, str):
       raise InputError(f"{self._who}: {ids!r}: expected token ids; encode text first")
     V = self._bounds.vocab_size
-    ids = [int(i) for i in ids]
-    wrong = [i for i in ids if not 0 <= i < V]
-    if wrong:
-      raise InputError(
-        f"{self._who}: stream {self.streams.names[s]!r}: {wrong[0]} is no token; expected 0 to "
-        f"{V - 1}"
-      )
-    return ids
+    for i in ids:
+      if not (isinstance(i, numbers.Integral) and 0 <= i < V):
+        raise InputError(
+          f"{self._who}: stream {self.streams.names[s]!r}: {i} is no token; expected 0 to {V - 1}"
+        )
+    return [int(i) for i in ids]
 
   def _checked_rows(self, name: str, rows: np.ndarray, lowest: int) -> np.ndarray:
     """Rows that are handed in, as int32."""

@@ -130,7 +130,9 @@ def _state(path: pathlib.Path, model: Prepared, arrays: Mapping[str, np.ndarray]
     short = [] if array is None else [(0, n - m) for n, m in zip(leaf.shape, array.shape)]
     if array is None or array.dtype != leaf.dtype or min(n for _, n in short) < 0:
       what = "is missing" if array is None else f"is {array.dtype}, shape {array.shape}"
-      raise InputError(f"{path}: {name} {what}; expected {leaf.dtype}, {leaf.shape} at most")
+      raise InputError(
+        f"{path}: {name} {what}; expected {leaf.dtype}, {leaf.shape} at most; is it of this model?"
+      )
     found.append(jnp.pad(array, short))
   state = jax.tree.unflatten(shape, found)
   state = dataclasses.replace(state, keys=jax.random.wrap_key_data(state.keys))

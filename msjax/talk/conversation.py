@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from msjax.decoding.engine import Engine
+from msjax.decoding.engine import MAX_ROWS, Engine
 from msjax.decoding.policy import Policy
 from msjax.decoding.stop import Stop
 from msjax.decoding.tick import FREE
@@ -69,11 +69,26 @@ class Prompt:
   at: Sequence[tuple[int, str, str]] = ()
   rows: int | None = None
 
+  @classmethod
+  def of(cls, found: "Prompt | Mapping[str, Any]") -> "Prompt":
+    """Makes one of its fields, as in a file of prompts.
+
+    Raises:
+      InputError: other fields, or something else.
+    """
+    if isinstance(found, cls):
+      return found
+    names = [field.name for field in dataclasses.fields(cls)]
+    if not isinstance(found, Mapping) or set(found) - set(names):
+      raise InputError(f"prompt: {found!r:.80}; expected a Prompt, or a dict of {', '.join(names)}")
+    return cls(**found)
+
   def schedule(self, model: "Model") -> "Schedule":
     """Returns which tokens are read when.
 
     Raises:
-      InputError: an unknown stream, one that is no input, a row that is never reached.
+      InputError: an unknown stream, one that is no input, a row that is never reached, more rows
+        than a context has.
     """
     if self.rows is not None and not (isinstance(self.rows, int) and self.rows >= 1):
       raise InputError(f"rows: {self.rows!r}; expected 1 or more")
@@ -86,6 +101,9 @@ class Prompt:
     given = [(row, stream, model.said(text)) for row, stream, text in (*given, *_placed(self.at))]
     for row, stream, ids in sorted(given, key=lambda g: g[0]):  # no text is cut by an earlier one
       schedule.put(row, stream, ids)
+    for name, count in (("text", schedule.rows), ("rows", self.rows or 0)):
+      if count > MAX_ROWS:
+        raise InputError(f"{name}: {count} rows; expected at most the {MAX_ROWS} of a context")
     if self.rows is not None and schedule.rows > self.rows:
       raise InputError(
         f"rows: {self.rows} end before the given text, which takes {schedule.rows} rows"
@@ -183,6 +201,10 @@ def answers(
 
   Yields:
     The number, the rows and why they end, of each when it is over.
+
+  Raises:
+    InputError: a prompt that is none.
+    RunError: the model's logits are not finite.
   """
   engine = model.engine(places, remembers=remembers(policies))
   waiting, going_on = iter(prompts), collections.OrderedDict()

@@ -97,8 +97,9 @@ def show(
 
 def replay(model: Model, logged: log_lib.Logged, as_json: bool) -> None:
   """Prints the rows of a log, drawn once more."""
-  engine, texts, printer = model.engine(**logged.engine), Texts(model), Printer(model, as_json)
-  for row in log_lib.replay(engine, logged):
+  rows = log_lib.replay(model.engine(**logged.engine), logged)
+  texts, printer = Texts(model), Printer(model, as_json)
+  for row in rows:
     printer.row(texts.row(row, is_last=False))
   printer.end()
 
@@ -113,7 +114,8 @@ def interact(
 ) -> None:
   """Reads lines while the model reads and writes; when all is quiet, waits for the next.
 
-  A line goes into the stream `user`, or the first input stream; `STREAM: text` into another. After
+  A line goes into the stream `user`, or the first input stream; `STREAM: text` into another, if
+  there is one of that name: else that is text, too. After
   the last line it ends as soon as all is quiet, or when the context is full.
   """
   inputs = [model.streams.names[s] for s in model.streams.of_kind("input")]
@@ -145,7 +147,7 @@ def interact(
 def _say(model: Model, session: Session, inputs: list[str], line: str) -> None:
   """Puts a line into an input stream; what cannot be said is told, and the session goes on."""
   stream, colon, text = line.partition(":")
-  if not (colon and stream in inputs):
+  if not (colon and stream in model.streams.names):
     stream, text = "user" if "user" in inputs else inputs[0], line
   try:
     session.say(stream, model.said(text.strip()))

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from msjax.decoding.policy import Policy
 from msjax.errors import InputError, RecordError
 from msjax.model import Model
-from msjax.talk.conversation import Prompt, Row
+from msjax.talk.conversation import Prompt, Row, answers
 
 _FIELDS = ("id", "inputs", "at", "rows")
 _BEGINNING = b'{"prompt": '  # of an answer
@@ -50,16 +50,17 @@ def answer(
   names = [hashlib.sha256(f"{run}\n{line}".encode()).hexdigest()[:16] for line in lines]
   done = set() if out is None else _answered(pathlib.Path(out), names)
   waiting = ((n, prompt) for n, (_, prompt) in enumerate(prompts) if n not in done)
-  answers = model.answers(waiting, places, policies, seed)
-  found = (_record(n, prompts[n][0], names[n], rows, reason) for n, rows, reason in answers)
+  made = answers(model, waiting, places, policies, seed)
+  found = (_record(n, prompts[n][0], names[n], rows, reason) for n, rows, reason in made)
   if out is None:
     _write(sys.stdout, found)
-  else:
-    try:
-      with open(out, "a", encoding="utf-8") as file:
-        _write(file, found)
-    except OSError as error:
-      raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+    return
+  try:
+    with open(out, "a", encoding="utf-8") as file:
+      _write(file, found)
+  except OSError as error:
+    raise InputError(f"{out}: cannot be written: {error.strerror}") from error
+  print(f"{len(prompts) - len(done)} answers in {out}, beside {len(done)} that were there")
 
 
 def _lines(path: pathlib.Path) -> list[str]:
