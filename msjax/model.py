@@ -17,7 +17,7 @@ from flax import nnx
 from msjax import mesh
 from msjax.config import Config, LossConfig
 from msjax.decoding.engine import Engine
-from msjax.decoding.policy import TALK, Policy
+from msjax.decoding.policy import TALK, Policy, of_streams
 from msjax.decoding.prepared import prepare
 from msjax.errors import InputError, nearest
 from msjax.fingerprint import fingerprint
@@ -232,9 +232,7 @@ class Model:
 
   def _by_stream(self, policies: Mapping[str, Policy] | Policy) -> dict[str, Policy]:
     """One for each stream."""
-    if isinstance(policies, Policy):
-      return dict.fromkeys(self.streams.names, policies)
-    return {**dict.fromkeys(self.streams.names, TALK), **policies}
+    return of_streams(policies, self.streams, TALK)
 
 
 def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:

@@ -89,4 +89,8 @@ def test_a_prepared_model_is_cut_by_model(variant, tied_head):
   of_stacked = (1, 1, 4, 1), (1, 4, 1, 1), (1, 1, 4), (1, 4, 1), (1, 1)
   by_output = (4, 1), (1, 4), (4, 1), (1, 4), (1,)
   assert [found[name] for name in names] == list(of_stacked if variant is Stacked else by_output)
+  if variant is Unrolled:
+    found = dict(parts(prepared))
+    by_output = (2, 4), (4, 2), (2, 4), (4, 2), (1,)
+    assert [found[name] for name in names] == list(by_output)
   assert "head" not in found

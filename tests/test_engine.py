@@ -326,7 +326,9 @@ def test_policies_are_those_of_each_stream_and_session():
     ({"policies": Policy(presence_penalty=1.0)}, "expected an Engine made with remembers=True"),
     ({"policies": {"think": {"top_k": 3}}}, r"policies: {'top_k': 3} for stream 'think'; expected"),
     ({"stop": Stop(tokens={"outputs": 3})}, "stream 'outputs' is unknown"),
-    ({"stop": Stop(end_id=4)}, "session 4: stop.end_id: 4, and no end_streams; expected both"),
+    ({"policies": 0.5}, r"policies: 0.5; expected a Policy, or a dict"),
+    ({"stop": Stop(end_id=4)}, "session 4: stop.end_id: 4, and .* expected both or neither"),
+    ({"stop": Stop(end_streams=("think",))}, "stop.end_id: None, and .* expected both or neither"),
     ({"stop": Stop(end_id=4, end_streams="think")}, "stop.end_streams: 'think'; expected a tuple"),
   ],
 )

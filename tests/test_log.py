@@ -154,7 +154,7 @@ def test_another_mesh_is_refused(tmp_path):
 @pytest.mark.parametrize(
   ("text", "message"),
   [
-    ("", "format None; this msjax reads 'msjax log 1'"),
+    ("", "format None; this msjax reads 'msjax log 2'"),
     ('{"format": "msjax log 0"}\n', "format 'msjax log 0'; this msjax reads"),
     ("{\n", ":1: line: no JSON"),
     ("[]\n", r":1: line: '\[\]'; expected a JSON object"),

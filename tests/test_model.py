@@ -206,6 +206,7 @@ def test_text_may_come_later_and_queues_up_in_order():
     ({"at": ["2:user:a"]}, r"at: '2:user:a'; expected tuples \(row, stream, text\)"),
     ({"temperature": -0.5}, "temperature: -0.5; expected 0"),
     ({"temperature": float("nan")}, "temperature: nan"),
+    ({"policies": {"output": {"top_k": 3}}}, "for stream 'output'; expected a Policy"),
   ],
 )
 def test_wrong_requests_are_told_at_once(arguments, told):
@@ -228,6 +229,8 @@ def test_prompts_are_answered_side_by_side():
       InputError, match=r"^prompt: .*; expected a Prompt, or a dict of inputs, at"
     ):
       list(talker().answers([wrong]))
+  with pytest.raises(InputError, match=r"^prompt 1: at: 5; expected a list of \(row, stream, text"):
+    list(talker().answers([{"rows": 2}, {"at": 5}]))
 
 
 def test_what_no_context_takes_is_refused(monkeypatch):

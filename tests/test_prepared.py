@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from msjax.config import Config, ModelConfig
-from msjax.decoding import prepared
 from msjax.decoding import prepared as prepared_lib
 from msjax.decoding.prepared import Stacked, Unrolled
 from msjax.kernels import tpu_decode
@@ -27,7 +26,7 @@ jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_lev
 @pytest.fixture(autouse=True)
 def small_key_blocks(monkeypatch):
   """So that a few rows fill several."""
-  monkeypatch.setattr(prepared, "KEY_BLOCK", 4)
+  monkeypatch.setattr(prepared_lib, "KEY_BLOCK", 4)
 
 
 def random_model(count, cfg=TINY, **rule):
@@ -199,8 +198,8 @@ def test_matrices_are_cast_once_and_norms_are_not():
 
 
 def test_room_is_made_in_whole_key_blocks():
-  assert UNROLLED.room(1, 1).capacity == prepared.KEY_BLOCK
-  assert UNROLLED.room(1, prepared.KEY_BLOCK).capacity == 3 * prepared.KEY_BLOCK
+  assert UNROLLED.room(1, 1).capacity == prepared_lib.KEY_BLOCK
+  assert UNROLLED.room(1, prepared_lib.KEY_BLOCK).capacity == 3 * prepared_lib.KEY_BLOCK
 
 
 # The scan over layers with the decode kernel.

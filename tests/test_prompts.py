@@ -78,7 +78,7 @@ def test_answers_of_another_run_are_refused(model, tmp_path, options):
 def test_how_many_are_answered_is_told(model, tmp_path, capsys):
   for count, before in ((4, 0), (0, 4)):
     answered(model, tmp_path)
-    told = f"{count} answers in {tmp_path / 'out'}, beside {before} that were there\n"
+    told = f"{tmp_path / 'out'}: {count} answered, beside {before} that were there\n"
     assert capsys.readouterr().out == told
 
 
@@ -99,7 +99,7 @@ def test_answers_go_to_stdout(model, tmp_path, capsys):
     ('{"inputs": {"usr": "hi"}}', "prompts:2: prompt: stream 'usr' is unknown: .*'user'"),
     ('{"inputs": {"output": "hi"}}', "prompts:2: prompt: stream 'output': the model writes it"),
     ('{"inputs": {"user": 5}}', "prompts:2: prompt: text 5: expected a str"),
-    ('{"at": 5}', r"prompts:2: at: 5; expected a list of \[row, stream, text\]"),
+    ('{"at": 5}', r"prompts:2: prompt: at: 5; expected a list of .row, stream, text"),
     ('{"at": [[1, "user"]]}', r"prompts:2: prompt: at: \[1, 'user'\]; expected tuples"),
     ('{"at": [[-1, "user", "x"]]}', "prompts:2: prompt: row -1 for stream 'user'"),
     ('{"rows": 0}', "prompts:2: prompt: rows: 0; expected 1 or more"),

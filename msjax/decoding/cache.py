@@ -16,7 +16,7 @@ class Cache:
   Attributes:
     k: rotated keys, cells in attention order, rows one after another. How arrays lie is the
       prepared model's choice.
-    v: values, alike; their third axis has the cells of a session.
+    v: values of the same cells, which are their third axis.
     key_ok: bool [B, M], which cells others may see.
     row: int32 [B], rows fed so far; the next one is written at cell `row * S`.
     key_axis: which axis of keys has the cells of a session.

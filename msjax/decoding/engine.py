@@ -15,7 +15,7 @@ import numpy as np
 
 from msjax.decoding import sampling
 from msjax.decoding import tick as tick_lib
-from msjax.decoding.policy import Knobs, Policy
+from msjax.decoding.policy import Knobs, Policy, of_streams
 from msjax.decoding.prepared import Prepared
 from msjax.decoding.reader import Reader
 from msjax.decoding.session import (
@@ -240,13 +240,13 @@ class Engine:
       raise InputError(f"{session}: nothing is proposed yet; expected one that runs or is paused")
     return self._told[session.place].copy()
 
-  def step_towards(self, session: Session) -> None:
-    """Takes a step for the sake of a session.
+  def step_towards(self, session: Session, rows: int = 1) -> None:
+    """Takes a step for the sake of a session; `rows` as for `step`.
 
     Raises:
       RunError: it waits for a place, and steps free none: those who have them are paused.
     """
-    fed, standing = self.step(), (WAITING, PAUSED)
+    fed, standing = self.step(rows), (WAITING, PAUSED)
     if not fed and session.status == WAITING and all(s.status in standing for s in self.sessions):
       raise RunError(
         f"session {session.number}: waits for a place, and paused sessions have all "
@@ -435,14 +435,8 @@ class Engine:
   # What is handed in.
 
   def _by_stream(self, policies) -> tuple[Policy, ...]:
-    names = self.streams.names
-    if isinstance(policies, Policy):
-      policies = dict.fromkeys(names, policies)
-    for name, policy in policies.items():
-      self.streams.id(name)
-      if not isinstance(policy, Policy):
-        raise InputError(f"policies: {policy!r} for stream {name!r}; expected a Policy")
-    return tuple(policies.get(name, _GREEDY) for name in names)
+    by_name = of_streams(policies, self.streams, _GREEDY)
+    return tuple(by_name[name] for name in self.streams.names)
 
   def _check(self, setting: Setting) -> None:
     """Refuses what is out of range, or what this engine has not."""
@@ -475,7 +469,7 @@ def fill(engine: Engine, grid: np.ndarray, policy: Policy = _GREEDY, seed: int =
 
   Raises:
     InputError: a cell that is neither a token, a hole nor free; more rows than a context has.
-    RunError: the model's logits are not finite.
+    RunError: the model's logits are not finite; no place gets free.
   """
   if grid.shape[1] > engine.bounds.max_rows:
     raise InputError(
@@ -486,9 +480,9 @@ def fill(engine: Engine, grid: np.ndarray, policy: Policy = _GREEDY, seed: int =
     engine.join(policies=policy, seed=seed, number=n, stop=stop, script=rows)
     for n, rows in enumerate(grid)
   ]
-  while any(session.status != ENDED for session in sessions):
-    engine.step(rows=_FILLED_AT_ONCE)
   for session in sessions:
+    while session.status != ENDED:
+      engine.step_towards(session, _FILLED_AT_ONCE)
     session.check()
   return np.stack([session.rows for session in sessions])
 

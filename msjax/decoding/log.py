@@ -20,11 +20,11 @@ import numpy as np
 import msjax
 from msjax import sharding
 from msjax.decoding.engine import Engine
-from msjax.decoding.session import PAUSED, READING, RUNNING, Session, Setting
+from msjax.decoding.session import PAUSED, READING, RUNNING, Session, Setting, plain
 from msjax.decoding.stop import Stop
 from msjax.errors import InputError, RecordError, RunError
 
-FORMAT = "msjax log 1"
+FORMAT = "msjax log 2"
 
 
 class Log:
@@ -54,22 +54,20 @@ class Log:
       "setting": session.setting.to_json(f"session {session.number}") | {"number": number},
       "about": dict(about or {}),
     }
+    header = _line(header)  # before what is there is given up
     try:
       self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
       raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-    self._line(header)
+    self._file.write(header)
     self.write()
 
   def write(self) -> None:
     """Writes the events since the last time."""
     for event in self._session.events[self._written :]:
-      self._line(event)
+      self._file.write(_line(event))
     self._written = len(self._session.events)
     self._file.flush()
-
-  def _line(self, data: Mapping[str, Any]) -> None:
-    self._file.write(json.dumps(data, separators=(",", ":")) + "\n")
 
   def __enter__(self) -> "Log":
     """Is itself."""
@@ -118,6 +116,10 @@ class Logged:
   def engine(self) -> dict[str, Any]:
     """The options of an `Engine` that can replay it."""
     return self.header["engine"]
+
+
+def _line(data: Mapping[str, Any]) -> str:
+  return json.dumps(data, separators=(",", ":"), default=plain) + "\n"
 
 
 def engine_options(engine: Engine) -> dict[str, Any]:
@@ -172,9 +174,10 @@ def _check(engine: Engine, logged: Logged) -> None:
   if streams != engine.streams.to_json():
     raise InputError(f"{logged.path}: is of streams {streams}; expected {engine.streams.to_json()}")
   if (chips := logged.header["chips"]) != _chips():
+    how = f" (--model_chips={chips['heads']})" if chips["heads"] != _chips()["heads"] else ""
     raise InputError(
       f"{logged.path}: was made on a mesh that cuts {chips}; this one cuts {_chips()}; replay it "
-      f"on one like its own (--model_chips={chips['heads']})"
+      f"on one like its own{how}"
     )
   if logged.engine != engine_options(engine):
     raise InputError(

@@ -3,7 +3,6 @@ stream is silent."""
 
 import dataclasses
 import math
-import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from msjax.errors import InputError, nearest
+from msjax.streams import Streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,8 +131,8 @@ class Policy:
     for prefix, owner in (("", self), ("silence.", self.silence)):
       for field in dataclasses.fields(owner):
         value, kind = getattr(owner, field.name), type(field.default)
-        accepted = {int: numbers.Integral, float: numbers.Real}.get(kind)
-        if accepted and not isinstance(value, accepted):
+        method = {int: "__index__", float: "__float__"}.get(kind)
+        if method and not hasattr(value, method):
           what = "a whole number" if kind is int else "a number"
           raise InputError(f"{where}: {prefix}{field.name}: {value!r}; expected {what}")
 
@@ -187,6 +187,25 @@ def _read(word: str, kind: type, value: str) -> bool | int | float:
   except (KeyError, ValueError):
     expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
     raise InputError(f"policy {word!r}: expected {expected}") from None
+
+
+def of_streams(
+  policies: Mapping[str, Policy] | Policy, streams: Streams, other: Policy
+) -> dict[str, Policy]:
+  """Returns a policy by stream; where only some streams have theirs, `other` is that of the rest.
+
+  Raises:
+    InputError: a stream that is unknown, or something else than policies.
+  """
+  if isinstance(policies, Policy):
+    return dict.fromkeys(streams.names, policies)
+  if not isinstance(policies, Mapping):
+    raise InputError(f"policies: {policies!r}; expected a Policy, or a dict of them by stream")
+  for name, policy in policies.items():
+    streams.id(name)
+    if not isinstance(policy, Policy):
+      raise InputError(f"policies: {policy!r} for stream {name!r}; expected a Policy")
+  return {**dict.fromkeys(streams.names, other), **policies}
 
 
 def by_stream(words: Sequence[str], names: Sequence[str], base: Policy = Policy()) -> dict:

@@ -120,18 +120,6 @@ class Prepared(abc.ABC):
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class _ByOutput:
-  """A layer whose matrices lie by their outputs, as rows.
-
-  On CPU a product of some rows with them is a dot product for each, of which XLA copies nothing
-  first: with ten rows it takes two thirds of the time.
-  """
-
-  by_output: Block
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Unrolled(Prepared):
   """One layer after another, each with arrays of its own: for CPU and GPU.
 
@@ -140,7 +128,7 @@ class Unrolled(Prepared):
   [B, K, M, H]: as products take them.
   """
 
-  layers: tuple[_ByOutput, ...]
+  layers: tuple[axes.ByOutput, ...]
 
   @classmethod
   def of(cls, model: Transformer) -> "Unrolled":
@@ -150,7 +138,7 @@ class Unrolled(Prepared):
   @property
   def blocks(self) -> list[Block]:
     """The layers as all others know them."""
-    return [axes.by_input(layer.by_output, self.trunk.cfg.head_dim) for layer in self.layers]
+    return [layer.block(self.trunk.cfg.head_dim) for layer in self.layers]
 
   @property
   def key_block(self) -> int:
@@ -329,7 +317,7 @@ def _made(cut_up: Callable[[Transformer], Prepared], model: Transformer) -> Prep
 
 def _unrolled(model: Transformer) -> Unrolled:
   block = lambda i: jax.tree.map(lambda stacked: _cast(model, stacked[i], 2), model.layers)
-  layer = lambda i: _ByOutput(axes.by_output(block(i)))
+  layer = lambda i: axes.ByOutput.of(block(i))
   return Unrolled(_trunk(model), tuple(map(layer, range(model.cfg.layers))), _unembed(model))
 
 

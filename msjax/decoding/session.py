@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-import numbers
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +19,11 @@ from msjax.text.tokenizer import StreamDecoder
 WAITING, READING, RUNNING, PAUSED, ENDED = "waiting", "reading", "running", "paused", "ended"
 NOT_FINITE = "logits are not finite"  # a reason to end
 CONTEXT_FULL = "context is full"  # another
+
+
+def plain(number: Any) -> int | float:
+  """Makes JSON of a number of numpy's or jax's."""
+  return number.item()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -399,12 +404,17 @@ class Session:
     if isinstance(ids, str):
       raise InputError(f"{self._who}: {ids!r}: expected token ids; encode text first")
     V = self._bounds.vocab_size
+    found = []
     for i in ids:
-      if not (isinstance(i, numbers.Integral) and 0 <= i < V):
+      try:
+        found.append(operator.index(i))
+      except TypeError:
+        found.append(-1)
+      if not 0 <= found[-1] < V:
         raise InputError(
           f"{self._who}: stream {self.streams.names[s]!r}: {i} is no token; expected 0 to {V - 1}"
         )
-    return [int(i) for i in ids]
+    return found
 
   def _checked_rows(self, name: str, rows: np.ndarray, lowest: int) -> np.ndarray:
     """Rows that are handed in, as int32."""

@@ -16,7 +16,7 @@ import safetensors.numpy
 from msjax import sharding
 from msjax.decoding import tick
 from msjax.decoding.prepared import Prepared
-from msjax.decoding.session import Setting
+from msjax.decoding.session import Setting, plain
 from msjax.decoding.tick import State
 from msjax.errors import InputError
 from msjax.files import replacing
@@ -74,7 +74,7 @@ class Snapshot:
     }
     arrays = {} if self.state is None else _named(_trimmed(_plain(self.state)))
     arrays = {name: np.ascontiguousarray(x) for name, x in jax.device_get(arrays).items()}
-    arrays[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    arrays[_HEADER] = np.frombuffer(json.dumps(header, default=plain).encode(), np.uint8)
     with replacing(path) as file:
       file.write(safetensors.numpy.save(arrays))
 
@@ -131,7 +131,8 @@ def _state(path: pathlib.Path, model: Prepared, arrays: Mapping[str, np.ndarray]
     if array is None or array.dtype != leaf.dtype or min(n for _, n in short) < 0:
       what = "is missing" if array is None else f"is {array.dtype}, shape {array.shape}"
       raise InputError(
-        f"{path}: {name} {what}; expected {leaf.dtype}, {leaf.shape} at most; is it of this model?"
+        f"{path}: {name} {what}; expected {leaf.dtype}, {leaf.shape} at most; is it of this model, "
+        "and this kind of chip?"
       )
     found.append(jnp.pad(array, short))
   state = jax.tree.unflatten(shape, found)

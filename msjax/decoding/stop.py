@@ -43,8 +43,11 @@ class Stop:
     """Refuses unknown streams and what never or always holds."""
     if isinstance(self.end_streams, str):
       raise InputError(f"{who}: stop.end_streams: {self.end_streams!r}; expected a tuple of names")
-    if self.end_id is not None and not self.end_streams:
-      raise InputError(f"{who}: stop.end_id: {self.end_id}, and no end_streams; expected both")
+    if (self.end_id is None) == bool(self.end_streams):
+      raise InputError(
+        f"{who}: stop.end_id: {self.end_id}, and stop.end_streams: {self.end_streams}; expected "
+        "both or neither"
+      )
     for name in (*self.end_streams, *self.tokens, *self.texts):
       streams.id(name)
     if self.rows is not None and self.rows < 1:

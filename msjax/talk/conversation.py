@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,7 +72,7 @@ class Prompt:
 
   @classmethod
   def of(cls, found: "Prompt | Mapping[str, Any]") -> "Prompt":
-    """Makes one of its fields, as in a file of prompts.
+    """Makes one of its fields.
 
     Raises:
       InputError: other fields, or something else.
@@ -90,7 +91,7 @@ class Prompt:
       InputError: an unknown stream, one that is no input, a row that is never reached, more rows
         than a context has.
     """
-    if self.rows is not None and not (isinstance(self.rows, int) and self.rows >= 1):
+    if self.rows is not None and not (isinstance(self.rows, numbers.Integral) and self.rows >= 1):
       raise InputError(f"rows: {self.rows!r}; expected 1 or more")
     if not isinstance(self.inputs, Mapping):
       raise InputError(
@@ -212,7 +213,10 @@ def answers(
     while len(going_on) < places and (found := next(waiting, None)):
       number, prompt = found
       options = {"policies": policies, "seed": seed, "number": number}
-      schedule = prompt.schedule(model)
+      try:
+        schedule = prompt.schedule(model)
+      except InputError as error:
+        raise InputError(f"prompt {number}: {error}") from None
       going_on[number] = Conversation(model, engine, schedule, prompt.rows, **options), []
     if not going_on:
       return
@@ -232,6 +236,8 @@ def remembers(policies: Mapping[str, Policy] | Policy) -> bool:
 
 def _placed(at: Iterable[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
   """Checks what is said later."""
+  if not isinstance(at, (tuple, list)):
+    raise InputError(f"at: {at!r}; expected a list of (row, stream, text)")
   found = []
   for given in at:
     if not (isinstance(given, (tuple, list)) and len(given) == 3):

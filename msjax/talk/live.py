@@ -115,8 +115,8 @@ def interact(
   """Reads lines while the model reads and writes; when all is quiet, waits for the next.
 
   A line goes into the stream `user`, or the first input stream; `STREAM: text` into another, if
-  there is one of that name: else that is text, too. After
-  the last line it ends as soon as all is quiet, or when the context is full.
+  there is one of that name: else that is text, too. After the last line it ends as soon as all is
+  quiet, or when the context is full.
   """
   inputs = [model.streams.names[s] for s in model.streams.of_kind("input")]
   if not inputs:

@@ -60,7 +60,7 @@ def answer(
       _write(file, found)
   except OSError as error:
     raise InputError(f"{out}: cannot be written: {error.strerror}") from error
-  print(f"{len(prompts) - len(done)} answers in {out}, beside {len(done)} that were there")
+  print(f"{out}: {len(prompts) - len(done)} answered, beside {len(done)} that were there")
 
 
 def _lines(path: pathlib.Path) -> list[str]:
@@ -85,10 +85,7 @@ def _prompt(path, number: int, line: str, model: Model) -> tuple[Any, Prompt]:
   for field in found:
     if field not in _FIELDS:
       raise wrong(field, f"unknown; expected {', '.join(_FIELDS)}")
-  at = found.get("at", [])
-  if not isinstance(at, list):
-    raise wrong("at", f"{at!r}; expected a list of [row, stream, text]")
-  prompt = Prompt(found.get("inputs", {}), tuple(at), found.get("rows"))
+  prompt = Prompt(found.get("inputs", {}), found.get("at", ()), found.get("rows"))
   try:
     prompt.schedule(model)
   except InputError as error:
