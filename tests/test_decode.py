@@ -122,7 +122,8 @@ def test_a_log_is_replayed_and_a_file_of_prompts_answered(run, tmp_path):
   done = command(
     run, f"--prompts={tmp_path}/prompts", "--sessions=1", *said[2:], f"--out={tmp_path}/out"
   )
-  assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+  told = f"{tmp_path}/out: 1 answered, beside 0 that were there\n"
+  assert (done.returncode, done.stdout, done.stderr) == (0, told, "")
   answer = json.loads((tmp_path / "out").read_text())
   assert answer["tokens"] == [list(row.values()) for row in rows]
 
