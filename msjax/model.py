@@ -196,7 +196,7 @@ class Model:
       raise InputError(f"temperature: {temperature}, and policies, which have one; expected either")
     if temperature is not None:
       policies = Policy(temperature)
-    policies = self._by_stream(TALK if policies is None else policies)
+    policies = of_streams(TALK if policies is None else policies, self.streams, TALK)
     engine, conversation = begun(self, Prompt(inputs, tuple(at), rows), policies, seed)
 
     def written():  # what is wrong is told before the first row is asked for
@@ -228,11 +228,7 @@ class Model:
       InputError: as for `generate`; something that is no prompt.
     """
     numbered = enumerate(map(Prompt.of, prompts))
-    return answers(self, numbered, places, self._by_stream(policies), seed)
-
-  def _by_stream(self, policies: Mapping[str, Policy] | Policy) -> dict[str, Policy]:
-    """One for each stream."""
-    return of_streams(policies, self.streams, TALK)
+    return answers(self, numbered, places, of_streams(policies, self.streams, TALK), seed)
 
 
 def load(directory: str | os.PathLike, step: int | str = "latest") -> Model:
